@@ -1,0 +1,1 @@
+"""The commands: reading arguments and printing, no more. One module each, imported when called."""

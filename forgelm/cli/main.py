@@ -1,0 +1,87 @@
+"""`forgelm`: picks the command. Imports nothing that takes time before it knows which."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from forgelm import __version__
+from forgelm.errors import EXIT_CONFIG_ERROR, EXIT_INTERRUPTED, EXIT_OK, ForgeError
+
+COMMANDS = {
+    "train": "compose a config and run it (the default command)",
+    "evaluate": "evaluate a run's final model on its task's splits",
+    "predict": "apply a run's final model to own rows, written as a file",
+}
+
+_HELP = """\
+usage: forgelm COMMAND ...
+       forgelm [OVERRIDES]            the same as forgelm train [OVERRIDES]
+
+commands:
+{commands}
+
+forgelm train takes Hydra's overrides and flags:
+  forgelm                             this help
+  forgelm train                       the default run: embedded data, tiny model, no network
+  forgelm mode=kd model=distilbert task=mnli
+  forgelm train -m mode=sft,kd seed=1,2,3
+  forgelm train --cfg job             print the composed config
+  forgelm train --help                the groups and keys
+
+groups: task, model, teacher, mode, experiment
+options: -h, --help    --version
+completion: eval "$(forgelm -sc install=bash)"
+"""
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        lines = [f"  {name:<18}{text}" for name, text in COMMANDS.items()]
+        print(_HELP.format(commands="\n".join(lines)), end="")
+        return EXIT_OK
+    if argv[0] == "--version":
+        print(f"forgelm {__version__}")
+        return EXIT_OK
+    name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("train", argv)
+    if name == "train" and rest is argv and not _for_hydra(argv[0]):
+        return _unknown(argv[0])
+    command: Callable[[Sequence[str]], int] = import_module(f"forgelm.cli.{name}").main
+    try:
+        return command(rest)
+    except ForgeError as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        print("forgelm: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def complain(error: ForgeError) -> int:
+    """Say an error on stderr, a line for each problem; returns its exit code."""
+    for line in str(error).splitlines():
+        print(f"forgelm: {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _for_hydra(word: str) -> bool:
+    return "=" in word or word.startswith(("-", "+", "~"))
+
+
+def _unknown(word: str) -> int:
+    import difflib
+
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(
+        f"forgelm: {word}: no such command; one of {', '.join(COMMANDS)}, "
+        f"or an override such as mode=kd{hint}",
+        file=sys.stderr,
+    )
+    return EXIT_CONFIG_ERROR

@@ -1,0 +1,100 @@
+"""`forgelm train`: check what was asked for, then let Hydra compose and run it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from forgelm.cli.main import complain
+from forgelm.config.compose import CONFIG_NAME, VERSION_BASE, conf_dir, register_schema, to_typed
+from forgelm.config.request import Request, check_request, teacher_run
+from forgelm.errors import EXIT_OK, ConfigError, ForgeError, worst
+
+_codes: list[int] = []
+
+
+@hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)
+def job(composed: DictConfig) -> int:
+    """One run, as Hydra starts it, alone or as a point of a sweep; returns its exit code."""
+    from forgelm.pipeline import start
+
+    settings = HydraConfig.get()
+    config = to_typed(composed)
+    try:
+        code = start(
+            config,
+            overrides=list(settings.overrides.task),
+            in_sweep=settings.mode is RunMode.MULTIRUN,
+            teacher_run=teacher_run(config, lambda lines: hydra.compose(CONFIG_NAME, lines)),
+        )
+    except ForgeError as error:
+        code = complain(error)
+    _codes.append(code)
+    return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read Hydra's arguments, refuse a wrong request, run the rest through Hydra."""
+    arguments = _parse(argv)
+    sys.argv = [sys.argv[0], *argv]
+    if arguments.shell_completion:
+        return _complete(arguments.overrides)
+    register_schema()
+    if not (arguments.help or arguments.hydra_help or arguments.info is not None):
+        check_request(_request(arguments))
+    _codes.clear()
+    try:
+        job()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_OK
+    return worst(_codes)
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    return Request(
+        overrides=tuple(arguments.overrides),
+        config_name=arguments.config_name or CONFIG_NAME,
+        config_path=Path(arguments.config_path) if arguments.config_path else None,
+        config_dir=Path(arguments.config_dir) if arguments.config_dir else None,
+        multirun=arguments.multirun,
+    )
+
+
+def _complete(overrides: list[str]) -> int:
+    from forgelm.cli.complete import answer
+
+    register_schema()
+    choices = answer() if any(o.startswith("query=") for o in overrides) else None
+    if choices is not None:
+        print(choices)
+        return EXIT_OK
+    try:
+        job()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_OK
+    return EXIT_OK
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `forgelm --help` shows how a command is written")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments = parser.parse_args(list(argv))
+    commands = (arguments.run, arguments.multirun, arguments.cfg, arguments.info)
+    if sum(bool(item) for item in commands) > 1:
+        raise ConfigError("--run, --multirun, --cfg and --info exclude each other: give one")
+    if arguments.resolve and not (arguments.cfg or arguments.help):
+        raise ConfigError("--resolve goes with --cfg or --help")
+    return arguments

@@ -1,0 +1,297 @@
+"""The config of a run, as dataclasses: every key a user may type, its type, range and meaning.
+
+`option` carries what the type can't say: the range a number must lie in, and whether the value
+decides the result (what doesn't is left out of the run's identity, see `identity.py`).
+Nothing here imports torch or transformers: requests are checked before those are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class NamedEnum(str, Enum):
+    """An enum whose members are typed by their names, as OmegaConf reads them."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Problem(NamedEnum):
+    classification = "classification"
+    regression = "regression"
+
+
+class Metric(NamedEnum):
+    accuracy = "accuracy"
+    f1 = "f1"
+    f1_macro = "f1_macro"
+    matthews_correlation = "matthews_correlation"
+    pearson = "pearson"
+    spearmanr = "spearmanr"
+    mse = "mse"
+
+
+class TeacherKind(NamedEnum):
+    auto = "auto"
+    none = "none"
+    run = "run"
+    path = "path"
+
+
+class TeacherDtype(NamedEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class DistillationLoss(NamedEnum):
+    auto = "auto"
+    kl = "kl"
+    mse = "mse"
+
+
+class Schedule(NamedEnum):
+    linear = "linear"
+    cosine = "cosine"
+    cosine_with_restarts = "cosine_with_restarts"
+    polynomial = "polynomial"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+    inverse_sqrt = "inverse_sqrt"
+
+
+class Optimizer(NamedEnum):
+    adamw_torch = "adamw_torch"
+    adamw_torch_fused = "adamw_torch_fused"
+    adafactor = "adafactor"
+    sgd = "sgd"
+
+
+class Sampling(NamedEnum):
+    random = "random"
+    sequential = "sequential"
+    group_by_length = "group_by_length"
+
+
+class Interval(NamedEnum):
+    no = "no"
+    steps = "steps"
+    epoch = "epoch"
+
+
+class WandbMode(NamedEnum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+def option(
+    default: Any,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    decides: bool = True,
+) -> Any:
+    """A config key with a range (`min`, `max` inclusive; `above`, `below` exclusive).
+
+    `decides=False`: the value doesn't decide what the run computes.
+    """
+    bounds = {"min": min, "max": max, "above": above, "below": below}
+    metadata: dict[str, Any] = {k: v for k, v in bounds.items() if v is not None}
+    return field(default=default, metadata={**metadata, "decides": decides})
+
+
+@dataclass
+class TaskConfig:
+    """Text classification or regression on sentences or pairs of sentences.
+
+    The rows come from exactly one of `embedded`, `dataset`, `train_file`.
+    """
+
+    name: str = MISSING
+    """First folder below `output_root`."""
+    embedded: str | None = None
+    """Name of a task whose data forgelm makes itself."""
+    dataset: str | None = None
+    """A data-set id on the hub, or a local folder that `datasets.load_dataset` reads."""
+    dataset_config: str | None = None
+    revision: str = "main"
+    """Branch, tag or commit of `dataset`; the commit is pinned when first resolved."""
+    train_file: str | None = None
+    """Own rows: a .csv, .tsv, .json, .jsonl or .parquet file."""
+    validation_file: str | None = None
+    train_split: str = "train"
+    validation_splits: list[str] = field(default_factory=lambda: ["validation"])
+    """Evaluated in this order; the first one decides which checkpoint is the best."""
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    problem: Problem = Problem.classification
+    labels: list[str] | None = None
+    """Label names in the order of their numbers. Null: as the data set declares them, else the
+    distinct values found in the training rows, sorted."""
+    metrics: list[Metric] = field(default_factory=lambda: [Metric.accuracy])
+    """The first is the task's own: it picks the best checkpoint and closes the gap."""
+    greater_is_better: bool = True
+    """Of the first metric."""
+    max_length: int = option(128, min=4)
+    """Tokens; what is longer is truncated, the longer text of a pair first."""
+    max_train_samples: int | None = option(None, min=1)
+    max_eval_samples: int | None = option(None, min=1)
+    """A fixed part of the rows, the same for every seed."""
+    teacher: str | None = None
+    """Published model that `teacher=auto` takes."""
+    teacher_revision: str = "main"
+    teacher_experiment: str | None = None
+    """Experiment that `teacher=auto` trains once, for tasks without a published model."""
+
+
+@dataclass
+class TinyConfig:
+    """A small BERT with fresh weights, built when `model.path` is null."""
+
+    hidden_size: int = option(64, min=1)
+    num_hidden_layers: int = option(2, min=1)
+    num_attention_heads: int = option(2, min=1)
+    intermediate_size: int = option(256, min=1)
+    dropout: float = option(0.1, min=0, below=1)
+
+
+@dataclass
+class ModelConfig:
+    """The student."""
+
+    name: str = MISSING
+    """Second folder below `output_root`."""
+    path: str | None = MISSING
+    """Hub id or local folder; null builds `tiny`."""
+    revision: str = "main"
+    trust_remote_code: bool = False
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+
+
+@dataclass
+class TeacherConfig:
+    """Whom the student learns from. Without a use for one (sft, or alpha 0) none is loaded."""
+
+    kind: TeacherKind = TeacherKind.auto
+    path: str | None = None
+    """For `path`: hub id or local folder."""
+    revision: str = "main"
+    run: str | None = option(None, decides=False)
+    """For `run`: the directory of a complete run of the same task."""
+    run_hash: str | None = None
+    """Config hash of `run`, filled in when the request is resolved: where the teacher lies doesn't
+    decide the result, which teacher it is does."""
+    dtype: TeacherDtype = TeacherDtype.auto
+    """auto: bfloat16 where the device has it natively, else float32."""
+    trust_remote_code: bool = False
+
+
+@dataclass
+class SftConfig:
+    """Cross-entropy (mean squared error for regression) on the labels."""
+
+    name: str = "sft"
+
+
+@dataclass
+class KdConfig:
+    """`(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`, Hinton et al. 2015."""
+
+    name: str = "kd"
+    alpha: float = option(0.5, min=0, max=1)
+    temperature: float = option(2.0, above=0)
+    loss: DistillationLoss = DistillationLoss.auto
+    """auto: kl for classification, mse on the raw outputs for regression."""
+
+
+@dataclass
+class TrainingConfig:
+    """Names and meanings are those of Hugging Face's TrainingArguments."""
+
+    per_device_train_batch_size: int = option(32, min=1)
+    per_device_eval_batch_size: int = option(64, min=1)
+    gradient_accumulation_steps: int = option(1, min=1)
+    learning_rate: float = option(5e-5, above=0)
+    lr_scheduler_type: Schedule = Schedule.linear
+    warmup_steps: float = option(0.0, min=0)
+    """Steps; below 1 a share of all steps."""
+    optim: Optimizer = Optimizer.adamw_torch
+    weight_decay: float = option(0.0, min=0)
+    adam_beta1: float = option(0.9, min=0, below=1)
+    adam_beta2: float = option(0.999, min=0, below=1)
+    adam_epsilon: float = option(1e-8, above=0)
+    max_grad_norm: float = option(1.0, min=0)
+    """0 turns clipping off."""
+    bf16: bool | None = None
+    """Null: on where the device has bfloat16 natively and fp16 is off."""
+    fp16: bool = False
+    use_cpu: bool = False
+    full_determinism: bool = False
+    activation_checkpointing: bool = False
+    train_sampling_strategy: Sampling = Sampling.random
+    dataloader_num_workers: int = option(0, min=0, decides=False)
+    dataloader_persistent_workers: bool = option(False, decides=False)
+    dataloader_drop_last: bool = False
+    eval_strategy: Interval = Interval.epoch
+    eval_steps: int | None = option(None, min=1)
+    load_best_model_at_end: bool = False
+    """End with the weights of the best evaluation instead of the last step's."""
+    logging_steps: int = option(20, min=1, decides=False)
+    logging_first_step: bool = option(False, decides=False)
+    save_strategy: Interval = option(Interval.steps, decides=False)
+    save_steps: int = option(500, min=1, decides=False)
+    save_total_limit: int | None = option(2, min=1, decides=False)
+    """Checkpoints kept; the best and the latest always are."""
+
+
+@dataclass
+class EvalConfig:
+    before_training: bool = option(True, decides=False)
+    """Evaluate the student as it starts, and the teacher."""
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.offline
+    project: str = "forgelm"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunConfig:
+    """One run. Groups: task, model, teacher, mode; sections: training, eval, wandb."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    mode: Any = MISSING
+    """SftConfig or KdConfig."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig, metadata={"decides": False})
+    max_steps: int | None = option(None, min=1)
+    """Optimizer steps; when set, overrides `epochs`."""
+    epochs: float = option(3.0, above=0)
+    seed: int = option(42, min=0)
+    run_name: str | None = option(None, decides=False)
+    """Last folder of the run directory; null: the config's hash."""
+    output_root: str = option("outputs", decides=False)
+    resume: str | None = option(None, decides=False)
+    """Go on with this run (a directory) from its sealed config."""
+    debug: bool = option(False, decides=False)
+    """Show tracebacks and debug messages."""
+
+
+MODES: dict[str, type] = {"sft": SftConfig, "kd": KdConfig}

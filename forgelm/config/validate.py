@@ -1,0 +1,252 @@
+"""What types alone can't say of a config: ranges, and rules across groups. All problems at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from forgelm.config.schema import (
+    MODES,
+    DistillationLoss,
+    Interval,
+    KdConfig,
+    Metric,
+    Problem,
+    RunConfig,
+    TeacherKind,
+)
+
+DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+
+_REGRESSION_METRICS = frozenset({Metric.pearson, Metric.spearmanr, Metric.mse})
+_TOKEN = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|"
+    r"github_pat_[A-Za-z0-9_]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[A-Za-z0-9-]{10,}|wandb_v1_\w{20,}"
+)
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def redact(text: str) -> str:
+    """The text with everything that looks like a token blotted out."""
+    return _TOKEN.sub("[redacted]", text)
+
+
+def check(config: RunConfig) -> list[str]:
+    """Every problem of a typed config, one line each; an empty list when it can be run."""
+    values = list(leaves(config))
+    problems = [problem for key, value, bounds in values for problem in _value(key, value, bounds)]
+    for rule in (_names, _task_source, _task_metrics, _teacher, _mode, _training, _resume):
+        problems += rule(config)
+    return problems
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Every (dotted key, value, metadata) below a dataclass."""
+    for item in fields(node):
+        key, value = f"{prefix}{item.name}", getattr(node, item.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value, dict(item.metadata)
+
+
+def _value(key: str, value: Any, bounds: dict[str, Any]) -> Iterator[str]:
+    if isinstance(value, str) and value == MISSING:
+        yield f"{key} is missing: give it, as in {key}=VALUE"
+        return
+    texts = value if isinstance(value, list) else [value]
+    if any(isinstance(text, str) and _TOKEN.search(text) for text in texts):
+        yield (
+            f"{key} looks like an access token: tokens are never config values; "
+            "set HF_TOKEN or WANDB_API_KEY in the environment, or log in with `hf auth login`"
+        )
+        return
+    if isinstance(value, float) and value != value:
+        yield f"{key}=nan: must be a number"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    allowed = {
+        "min": (lambda bound: value >= bound, "at least"),
+        "max": (lambda bound: value <= bound, "at most"),
+        "above": (lambda bound: value > bound, "above"),
+        "below": (lambda bound: value < bound, "below"),
+    }
+    wanted = [f"{words} {bounds[name]:g}" for name, (_, words) in allowed.items() if name in bounds]
+    if any(name in bounds and not holds(bounds[name]) for name, (holds, _) in allowed.items()):
+        yield f"{key}={value}: must be {' and '.join(wanted)}"
+    elif value in (float("inf"), float("-inf")):
+        yield f"{key}={value}: must be finite"
+
+
+def _names(config: RunConfig) -> Iterator[str]:
+    folders = {"task.name": config.task.name, "model.name": config.model.name}
+    if config.run_name is not None:
+        folders["run_name"] = config.run_name
+    for key, name in folders.items():
+        if name != MISSING and not _FOLDER.fullmatch(name):
+            yield (
+                f"{key}={name!r}: names a folder; use letters, digits, '.', '_', '+' and '-', "
+                "beginning with a letter or digit"
+            )
+    if not config.output_root.strip():
+        yield "output_root='': must be a folder, as in output_root=outputs"
+
+
+def _task_source(config: RunConfig) -> Iterator[str]:
+    task = config.task
+    sources = {
+        "task.embedded": task.embedded,
+        "task.dataset": task.dataset,
+        "task.train_file": task.train_file,
+    }
+    given = [f"{key}={value}" for key, value in sources.items() if value]
+    if not given:
+        yield (
+            "task has no data: give task.train_file and task.validation_file (own rows), "
+            "or task.dataset (a data-set id)"
+        )
+    elif len(given) > 1:
+        yield f"{' and '.join(given)}: a task has one source; keep one of them"
+    if task.embedded is not None and task.embedded != "nli_mini":
+        yield f"task.embedded={task.embedded}: the embedded data is nli_mini"
+    if task.train_file and not task.validation_file:
+        yield (
+            f"task.train_file={task.train_file} has no task.validation_file beside it: "
+            "give the rows to evaluate on"
+        )
+    if task.validation_file and not task.train_file:
+        yield f"task.validation_file={task.validation_file} needs task.train_file beside it"
+    for key, name in (
+        ("task.train_file", task.train_file),
+        ("task.validation_file", task.validation_file),
+    ):
+        if not name:
+            continue
+        if Path(name).suffix.lower() not in DATA_SUFFIXES:
+            yield f"{key}={name}: must end in one of {', '.join(DATA_SUFFIXES)}"
+        elif not Path(name).is_file():
+            yield f"{key}={name}: no such file (looked in {Path.cwd()})"
+    if not task.validation_splits:
+        yield "task.validation_splits=[]: name at least one split to evaluate on"
+    if len(set(task.validation_splits)) < len(task.validation_splits):
+        yield f"task.validation_splits={task.validation_splits}: names a split twice"
+
+
+def _task_metrics(config: RunConfig) -> Iterator[str]:
+    task = config.task
+    if not task.metrics:
+        yield "task.metrics=[]: name at least one, as in task.metrics=[accuracy]"
+        return
+    regression = task.problem is Problem.regression
+    for metric in task.metrics:
+        if regression != (metric in _REGRESSION_METRICS):
+            fitting = [m.name for m in Metric if (m in _REGRESSION_METRICS) == regression]
+            yield (
+                f"task.metrics: {metric} doesn't fit task.problem={task.problem}; "
+                f"use {', '.join(fitting)}"
+            )
+    rises = task.metrics[0] is not Metric.mse
+    if task.greater_is_better != rises:
+        yield (
+            f"task.greater_is_better={str(task.greater_is_better).lower()}: for "
+            f"{task.metrics[0]} it is {str(rises).lower()}"
+        )
+    if regression and task.labels is not None:
+        yield f"task.labels={task.labels}: a regression has no label names; leave it null"
+    if task.labels is not None and len(set(task.labels)) < max(2, len(task.labels)):
+        yield f"task.labels={task.labels}: give two or more different names"
+
+
+def uses_teacher(config: RunConfig) -> bool:
+    """Whether the mode learns from a teacher's outputs."""
+    return isinstance(config.mode, KdConfig) and config.mode.alpha > 0
+
+
+def _teacher(config: RunConfig) -> Iterator[str]:
+    teacher, task = config.teacher, config.task
+    needed = uses_teacher(config)
+    for key, kind in (("path", TeacherKind.path), ("run", TeacherKind.run)):
+        value = getattr(teacher, key)
+        if teacher.kind is kind and not value:
+            yield f"teacher={key} needs teacher.{key}: give it, as in teacher.{key}=..."
+        if value and teacher.kind is not kind:
+            yield f"teacher.{key}={value} is only read with teacher={key}"
+    if not isinstance(config.mode, KdConfig) and teacher.kind in (
+        TeacherKind.path,
+        TeacherKind.run,
+    ):
+        yield (
+            f"teacher={teacher.kind}: mode={config.mode.name} has no use for a teacher; "
+            "use mode=kd, or leave teacher out"
+        )
+    if needed and teacher.kind is TeacherKind.none:
+        yield (
+            f"teacher=none with mode.alpha={config.mode.alpha:g}: distillation needs a teacher; "
+            "set mode.alpha=0, or use teacher=auto, teacher=path or teacher=run"
+        )
+    if (
+        needed
+        and teacher.kind is TeacherKind.auto
+        and not (task.teacher or task.teacher_experiment)
+    ):
+        yield (
+            f"teacher=auto: task {task.name} names no teacher of its own; "
+            "use teacher=path teacher.path=... or teacher=run teacher.run=..."
+        )
+
+
+def _mode(config: RunConfig) -> Iterator[str]:
+    mode, problem = config.mode, config.task.problem
+    if type(mode) is not MODES.get(getattr(mode, "name", "")):
+        yield f"mode.name={getattr(mode, 'name', mode)}: must be one of {', '.join(MODES)}"
+    if (
+        isinstance(mode, KdConfig)
+        and problem is Problem.regression
+        and mode.loss is DistillationLoss.kl
+    ):
+        yield (
+            "mode.loss=kl with task.problem=regression: KL compares class probabilities; "
+            "use mode.loss=mse"
+        )
+
+
+def _training(config: RunConfig) -> Iterator[str]:
+    training, tiny = config.training, config.model.tiny
+    if training.fp16 and training.bf16:
+        yield "training.fp16=true and training.bf16=true: choose one"
+    if training.fp16 and training.use_cpu:
+        yield "training.fp16=true needs a GPU: drop it, or drop training.use_cpu"
+    if training.eval_strategy is Interval.steps and training.eval_steps is None:
+        yield "training.eval_strategy=steps needs training.eval_steps: give the number of steps"
+    if training.eval_steps is not None and training.eval_strategy is not Interval.steps:
+        yield (
+            f"training.eval_steps={training.eval_steps} is only read with "
+            "training.eval_strategy=steps"
+        )
+    if training.load_best_model_at_end:
+        for key in ("eval_strategy", "save_strategy"):
+            if getattr(training, key) is Interval.no:
+                yield (
+                    f"training.load_best_model_at_end=true with training.{key}=no: "
+                    f"set training.{key}=epoch or steps"
+                )
+    if training.dataloader_persistent_workers and not training.dataloader_num_workers:
+        yield (
+            "training.dataloader_persistent_workers=true needs training.dataloader_num_workers "
+            "of 1 or more"
+        )
+    if config.model.path is None and tiny.hidden_size % tiny.num_attention_heads:
+        yield (
+            f"model.tiny.num_attention_heads={tiny.num_attention_heads}: must divide "
+            f"model.tiny.hidden_size={tiny.hidden_size}"
+        )
+
+
+def _resume(config: RunConfig) -> Iterator[str]:
+    if config.resume is not None and not (Path(config.resume) / "config.yaml").is_file():
+        yield f"resume={config.resume}: no run there; give a run directory (it has a config.yaml)"

@@ -1,0 +1,57 @@
+"""From the config to Hugging Face's TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from forgelm.config.schema import RunConfig, TrainingConfig
+from forgelm.models.load import bf16_native
+
+# Ours alone: the trainer would tie the best checkpoint to the saving cadence.
+_NOT_PASSED = {"load_best_model_at_end", "bf16"}
+
+
+def training_arguments(config: RunConfig, root: Path, best_metric: str) -> TrainingArguments:
+    """TrainingArguments that write below `root`; `best_metric` is the key that picks the best."""
+    training = config.training
+    arguments = TrainingArguments(
+        output_dir=str(root),
+        **_passed(training),
+        bf16=use_bf16(training),
+        max_steps=config.max_steps or -1,
+        num_train_epochs=config.epochs,
+        seed=config.seed,
+        metric_for_best_model=best_metric,
+        greater_is_better=config.task.greater_is_better,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:
+        # Several GPUs without ranks: the trainer would wrap the model in DataParallel unasked.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def use_bf16(training: TrainingConfig) -> bool:
+    """Mixed precision in bfloat16: as the config says, else where the device has it natively."""
+    if training.bf16 is not None:
+        return training.bf16
+    return not training.fp16 and not training.use_cpu and bf16_native()
+
+
+def _passed(training: TrainingConfig) -> dict[str, Any]:
+    values = {item.name: getattr(training, item.name) for item in fields(training)}
+    return {
+        name: value.name if isinstance(value, Enum) else value
+        for name, value in values.items()
+        if name not in _NOT_PASSED
+    }

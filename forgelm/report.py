@@ -1,0 +1,126 @@
+"""What the person watching is shown: one screen before training, one table after."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from forgelm.config.schema import KdConfig, RunConfig, TeacherKind
+from forgelm.config.validate import uses_teacher
+from forgelm.tasks.prepare import TaskData
+
+_RULE = "-" * 72
+
+
+def parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def opening(
+    config: RunConfig,
+    root: Path,
+    task: TaskData,
+    student: Any,
+    teacher: Any | None,
+    steps: int,
+    precision: str,
+    device: str,
+) -> str:
+    """The screen before training: what will run, how long, where it writes."""
+    held_out = ", ".join(f"{name} {len(rows):,}" for name, rows in task.eval.items())
+    labels = "scores" if task.rows.labels is None else f"{len(task.rows.labels)} labels"
+    training = config.training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    lines = {
+        "task": f"{config.task.name}: train {len(task.train):,}, {held_out}; {labels}",
+        "student": f"{_source(config.model.path, 'tiny')}, {parameters(student):,} parameters",
+        "teacher": "none"
+        if teacher is None
+        else f"{_teacher_source(config)}, {parameters(teacher):,} parameters",
+        "loss": _loss(config),
+        "steps": f"{steps:,} of {batch} rows; {training.optim}, learning rate "
+        f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+        "device": f"{device}, {precision}",
+        "seed": str(config.seed),
+        "writes": str(root),
+    }
+    return "\n".join([_RULE, *(f"{name:<9}{text}" for name, text in lines.items()), _RULE])
+
+
+def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str) -> str:
+    """The table after training: before, after, teacher, share of the gap closed; what's next."""
+    metric = config.task.metrics[0].name
+    rows = [("", "before", "after", "teacher", "gap closed")]
+    after = results["after"]["student"]
+    before, teacher = (results["before"] or {}).get("student"), (results["before"] or {}).get("teacher")
+    for split in after:
+        values = [_value(scores, split, metric) for scores in (before, after, teacher)]
+        rows.append((f"{split} {metric}", *map(_number, values), _gap(*values)))
+    place = shlex.quote(_near(root))
+    lines = [
+        _RULE,
+        *_aligned(rows),
+        "",
+        f"done in {seconds}: {place}",
+        f"next: forgelm predict {place} --data FILE",
+        _RULE,
+    ]
+    return "\n".join(lines)
+
+
+def comparison(rows: Iterable[tuple[str, ...]]) -> str:
+    """A table with its header in the first row."""
+    return "\n".join(_aligned(list(rows)))
+
+
+def _near(root: Path) -> str:
+    try:
+        return str(root.relative_to(Path.cwd()))
+    except ValueError:
+        return str(root)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _value(scores: dict[str, Any] | None, split: str, metric: str) -> float | None:
+    return None if scores is None else scores.get(split, {}).get(metric)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _gap(before: float | None, after: float | None, teacher: float | None) -> str:
+    if before is None or after is None or teacher is None or teacher == before:
+        return "-"
+    return f"{100 * (after - before) / (teacher - before):.0f} %"
+
+
+def _loss(config: RunConfig) -> str:
+    task = "cross-entropy" if config.task.problem.name == "classification" else "squared error"
+    if not isinstance(config.mode, KdConfig) or not uses_teacher(config):
+        return task
+    mode = config.mode
+    kl = mode.loss.name == "kl" or (mode.loss.name == "auto" and task == "cross-entropy")
+    part = f"T^2 KL(teacher || student), T = {mode.temperature:g}" if kl else "squared error of logits"
+    return f"{1 - mode.alpha:g} {task} + {mode.alpha:g} {part}"
+
+
+def _source(path: str | None, otherwise: str) -> str:
+    return path or otherwise
+
+
+def _teacher_source(config: RunConfig) -> str:
+    teacher = config.teacher
+    return str(teacher.run if teacher.kind is TeacherKind.run else teacher.path)

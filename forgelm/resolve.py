@@ -1,0 +1,142 @@
+"""From what was typed to what will run: the teacher chosen, the run named, paths made absolute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from forgelm.config.identity import config_hash, differences
+from forgelm.config.schema import RunConfig, TeacherConfig, TeacherKind
+from forgelm.config.validate import check, uses_teacher
+from forgelm.errors import ConfigError
+from forgelm.run.files import read_json
+from forgelm.run.find import find_run
+from forgelm.run.lifecycle import EXTENDING, is_complete, load_sealed, locate, seal
+from forgelm.run.paths import RunPaths
+
+_WITH_RESUME = {"resume", "debug", "output_root", *EXTENDING}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can be started: its resolved config, its place, the hash of what decides it."""
+
+    config: RunConfig
+    paths: RunPaths
+    digest: str
+    overrides: list[str]
+    extends: bool = False
+
+
+def resolve(
+    config: RunConfig, overrides: list[str], in_sweep: bool, teacher_run: RunConfig | None
+) -> Plan:
+    """Plan a run; `teacher_run` is the config of the run that `teacher=auto` stands for, if any.
+
+    Raises:
+        ConfigError: a run that was named can't be used so.
+    """
+    if config.resume is not None:
+        return _gone_on_with(config, overrides)
+    teacher = _teacher(config, overrides, teacher_run)
+    config = replace(config, teacher=teacher)
+    paths, digest = locate(config, in_sweep), config_hash(config)
+    return Plan(_absolute(config), RunPaths(paths.root.resolve()), digest, overrides)
+
+
+def sealed_plan(folder: Path) -> Plan:
+    """The plan of a run that has its directory already."""
+    paths = RunPaths(folder)
+    config, metadata = load_sealed(folder), read_json(paths.metadata)
+    return Plan(config, paths, metadata["config_hash"], metadata["overrides"])
+
+
+def _gone_on_with(config: RunConfig, overrides: Sequence[str]) -> Plan:
+    typed = [text.partition("=")[0].lstrip("+") for text in overrides]
+    barred = [key for key in typed if key not in _WITH_RESUME]
+    if barred:
+        raise ConfigError(
+            f"{', '.join(barred)} with resume={config.resume}: a run goes on with the config it "
+            f"was sealed with; only {' and '.join(EXTENDING)} may be given, to extend it"
+        )
+    plan = sealed_plan(find_run(str(config.resume), Path(config.output_root)).root)
+    changes = {key: getattr(config, key) for key in EXTENDING if key in typed}
+    extended = replace(plan.config, **changes, debug=config.debug)
+    problems = check(extended)
+    if problems:
+        raise ConfigError(problems)
+    longer = any(getattr(plan.config, key) != value for key, value in changes.items())
+    return replace(plan, config=extended, extends=longer)
+
+
+def settle(plan: Plan) -> Plan:
+    """The plan, or that of the run which the directory holds already.
+
+    Raises:
+        ConfigError: the directory holds a run of another config.
+    """
+    if plan.extends or not plan.paths.config.is_file():
+        return plan
+    sealed = sealed_plan(plan.paths.root)
+    found = differences(plan.config, sealed.config)
+    if not found:
+        return plan
+    longer = all(line.partition(":")[0] in EXTENDING for line in found)
+    if longer and read_json(plan.paths.metadata).get("extended"):
+        return sealed
+    raise ConfigError(
+        f"{plan.paths.root} holds a run with another config ({'; '.join(found[:5])}"
+        f"{'; ...' if len(found) > 5 else ''}): give another run_name"
+    )
+
+
+def _teacher(
+    config: RunConfig, overrides: list[str], teacher_run: RunConfig | None
+) -> TeacherConfig:
+    teacher, task = config.teacher, config.task
+    if not uses_teacher(config):
+        return TeacherConfig(kind=TeacherKind.none)
+    if teacher.kind is TeacherKind.run:
+        paths = find_run(str(teacher.run), Path(config.output_root))
+        if not is_complete(paths):
+            raise ConfigError(
+                f"teacher.run={teacher.run}: the run isn't complete; go on with it first: "
+                f"forgelm train resume={paths.root}"
+            )
+        digest = read_json(paths.metadata)["config_hash"]
+        return replace(teacher, run=str(paths.root), run_hash=digest)
+    if teacher.kind is TeacherKind.auto and task.teacher:
+        return replace(
+            teacher, kind=TeacherKind.path, path=task.teacher, revision=task.teacher_revision
+        )
+    if teacher_run is not None:
+        plan = resolve(teacher_run, [f"experiment={task.teacher_experiment}"], False, None)
+        seal(plan.paths, plan.config, plan.digest, plan.overrides)
+        return replace(
+            teacher, kind=TeacherKind.run, run=str(plan.paths.root), run_hash=plan.digest
+        )
+    return teacher
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Local paths made absolute, so that the run goes on from any folder."""
+    task = replace(
+        config.task,
+        train_file=_if_there(config.task.train_file),
+        validation_file=_if_there(config.task.validation_file),
+        dataset=_if_there(config.task.dataset),
+    )
+    return replace(
+        config,
+        task=task,
+        model=replace(config.model, path=_if_there(config.model.path)),
+        teacher=replace(config.teacher, path=_if_there(config.teacher.path)),
+        output_root=str(Path(config.output_root).expanduser().resolve()),
+    )
+
+
+def _if_there(path: str | None) -> str | None:
+    if path is None or not Path(path).expanduser().exists():
+        return path
+    return str(Path(path).expanduser().resolve())

@@ -1,0 +1,1 @@
+"""The run directory: its paths, its state, who is in it, and what is known about the run."""

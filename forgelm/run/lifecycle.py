@@ -1,0 +1,183 @@
+"""A run's life: its directory created or found again, its state kept, its starts and stops noted."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from forgelm.config.compose import to_typed
+from forgelm.config.identity import config_hash
+from forgelm.config.schema import MODES, RunConfig
+from forgelm.errors import ConfigError
+from forgelm.run.files import read_json, write_json, write_text
+from forgelm.run.lock import owned
+from forgelm.run.metadata import command_line, git, machine, now, versions
+from forgelm.run.paths import OutputRoot, RunPaths
+from forgelm.run.registry import register, unregister
+from forgelm.run.state import Status, TrainingState, load_state
+
+EXTENDING = ("max_steps", "epochs")
+
+
+@dataclass
+class Run:
+    """An open run: this process alone may write into its directory."""
+
+    config: RunConfig
+    paths: RunPaths
+    output: OutputRoot
+    state: TrainingState
+    metadata: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return str(self.metadata["run_id"])
+
+    def update(self, **changes: Any) -> None:
+        """Change the run's state, on disk too."""
+        self.state = replace(self.state, **changes)
+        self.state.save(self.paths)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the metadata, on disk too."""
+        self.metadata |= facts
+        write_json(self.paths.metadata, self.metadata)
+
+
+def locate(config: RunConfig, in_sweep: bool) -> RunPaths:
+    """The run directory of a config: named by `run_name`, else by the config's hash."""
+    digest = config_hash(config)
+    name = config.run_name or digest
+    if config.run_name and in_sweep:
+        name = f"{config.run_name}-{digest}"
+    root = OutputRoot(Path(config.output_root))
+    return root.run(config.task.name, config.model.name, config.mode.name, name)
+
+
+def load_sealed(folder: Path) -> RunConfig:
+    """The resolved config that a run was started with.
+
+    Raises:
+        ConfigError: there is no run, or its config isn't one that this version understands.
+    """
+    path = RunPaths(folder).config
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run there; give a run directory (it has a config.yaml)")
+    try:
+        loaded = OmegaConf.load(path)
+        tree = OmegaConf.structured(RunConfig)
+        tree.mode = OmegaConf.structured(MODES[loaded.mode.name])
+        merged = OmegaConf.merge(tree, loaded)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: not a config of this version of forgelm: {first}") from error
+    assert isinstance(merged, DictConfig)
+    return to_typed(merged)
+
+
+def is_complete(paths: RunPaths) -> bool:
+    state = load_state(paths)
+    return state is not None and state.pipeline_complete
+
+
+def seal(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]) -> None:
+    """Create the run directory with its config, metadata and state, if it isn't there yet."""
+    paths.root.mkdir(parents=True, exist_ok=True)
+    if not paths.metadata.is_file():
+        run_id = f"fg-{uuid.uuid4().hex[:12]}"
+        write_json(
+            paths.metadata,
+            {
+                "run_id": run_id,
+                "command": command_line(),
+                "overrides": overrides,
+                "config_hash": digest,
+                "created": now(),
+                "seed": config.seed,
+                "wandb_id": run_id,
+                "sessions": [],
+            },
+        )
+    if not paths.config.is_file():
+        write_text(paths.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    if not paths.state.is_file():
+        TrainingState().save(paths)
+
+
+def extend(paths: RunPaths, config: RunConfig) -> None:
+    """Seal a longer goal (`max_steps` or `epochs`) over an old one; the past is kept."""
+    old, metadata = load_sealed(paths.root), read_json(paths.metadata)
+    change = {key: [getattr(old, key), getattr(config, key)] for key in EXTENDING}
+    made = {"at": now(), **{k: v for k, v in change.items() if v[0] != v[1]}}
+    write_json(paths.metadata, metadata | {"extended": [*metadata.get("extended", []), made]})
+    write_text(paths.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    state = load_state(paths) or TrainingState()
+    replace(state, status=Status.created, pipeline_complete=False).save(paths)
+
+
+@contextmanager
+def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]) -> Iterator[Run]:
+    """Own the run directory, new or incomplete, while the pipeline works in it.
+
+    Raises:
+        RunInUse: another process is in it.
+    """
+    output = OutputRoot(Path(config.output_root))
+    with owned(paths):
+        seal(paths, config, digest, overrides)
+        metadata, state = read_json(paths.metadata), load_state(paths) or TrainingState()
+        run = Run(config, paths, output, state, metadata)
+        register(output, run.run_id, paths)
+        if metadata["sessions"]:
+            run.update(restarts=run.state.restarts + 1)
+        run.update(status=Status.running)
+        try:
+            yield run
+        finally:
+            if run.state.pipeline_complete:
+                unregister(output, run.run_id)
+
+
+def start_session(run: Run) -> None:
+    """Note this start: where it runs, with which versions and code."""
+    last = run.metadata["sessions"][-1] if run.metadata["sessions"] else None
+    session = {
+        "started": now(),
+        "command": command_line(),
+        "machine": machine(),
+        "versions": versions(),
+        "git": git(Path.cwd()),
+        "from_step": run.state.step,
+        "stopped": None,
+        "reason": None,
+    }
+    run.note(sessions=[*run.metadata["sessions"], session])
+    if last is not None:
+        _say_changed_versions(last["versions"], session["versions"])
+
+
+def end_session(run: Run, status: Status, reason: str) -> None:
+    """Note why the process leaves the run, and the status it leaves it in."""
+    sessions = run.metadata["sessions"]
+    if sessions:
+        sessions[-1] |= {"stopped": now(), "reason": reason, "to_step": run.state.step}
+    run.note(sessions=sessions)
+    run.update(status=status)
+
+
+def _say_changed_versions(before: dict[str, str], after: dict[str, str]) -> None:
+    from forgelm.log import log
+
+    changed = [
+        f"{name} {before.get(name)} -> {after.get(name)}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        log.warning("versions changed since the last start: %s", ", ".join(changed))

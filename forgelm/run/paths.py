@@ -1,0 +1,75 @@
+"""Every path of a run and of an output root, named once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKPOINT_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metadata(self) -> Path:
+        return self.root / "run_metadata.json"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "training_state.json"
+
+    @property
+    def latest_checkpoint(self) -> Path:
+        return self.root / "latest_checkpoint"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "output.log"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.root / "eval.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint folders, the newest step first."""
+        found = [
+            path
+            for path in self.root.glob(f"{CHECKPOINT_PREFIX}*")
+            if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+        ]
+        return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step that a checkpoint folder is named after."""
+    return int(path.name.removeprefix(CHECKPOINT_PREFIX))
+
+
+@dataclass(frozen=True)
+class OutputRoot:
+    """What lies beside the runs of one output root."""
+
+    root: Path
+
+    def run(self, task: str, model: str, mode: str, run_name: str) -> RunPaths:
+        return RunPaths(self.root / task / model / mode / run_name)
+
+    @property
+    def register(self) -> Path:
+        return self.root / ".forgelm" / "incomplete"

@@ -1,0 +1,1 @@
+"""Tasks: where rows come from, how they are encoded, what is measured."""

@@ -1,0 +1,139 @@
+"""From text to token ids, kept on disk and used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgelm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+TEACHER_PREFIX = "teacher_"
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what a tokenizer makes of any text: its rules, vocabulary and which inputs it gives."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), str(tokenizer.init_kwargs)]
+    else:
+        rules = json.loads(backend.to_str())
+        # Use leaves its mark in these two; they are set anew at every call.
+        rules |= {"truncation": None, "padding": None}
+    known = [rules, tokenizer.model_input_names, tokenizer.truncation_side]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> None:
+    """Refuse a `max_length` (tokens) that the model behind the tokenizer can't take."""
+    if max_length > tokenizer.model_max_length:
+        raise ConfigError(
+            f"task.max_length={max_length}: {name} takes at most {tokenizer.model_max_length} tokens"
+        )
+
+
+def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids of `rows` (columns text, text_pair, label) and `labels`, from the cache if there.
+
+    Sequences are at most `max_length` tokens and not padded.
+    """
+    from datasets import config, load_from_disk
+
+    key = _key(rows, tokenizer, max_length)
+    place = Path(config.HF_DATASETS_CACHE) / "forgelm" / f"encoded-{key}"
+    if not place.is_dir():
+        _store(_encoded(rows, tokenizer, max_length), place)
+    return load_from_disk(str(place))
+
+
+def _key(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    total = hashlib.sha256(f"{_FORMAT} {max_length} {tokenizer_fingerprint(tokenizer)}".encode())
+    for name in rows.column_names:
+        total.update(json.dumps([name, rows[name][:]]).encode())
+    return total.hexdigest()[:32]
+
+
+def _encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    from datasets import Dataset
+
+    pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else None
+    made = tokenizer(rows["text"][:], pairs, truncation=True, max_length=max_length)
+    columns = {name: made[name] for name in tokenizer.model_input_names if name in made}
+    return Dataset.from_dict({**columns, "labels": rows["label"][:]})
+
+
+def _store(made: Dataset, place: Path) -> None:
+    """Move the whole folder into place at once; another process may have been faster."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = tempfile.mkdtemp(dir=place.parent, prefix=".encoding-")
+    try:
+        made.save_to_disk(beside)
+        try:
+            os.rename(beside, place)
+        except OSError:
+            if not place.is_dir():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def with_teacher(student: Dataset, teacher: Dataset) -> Dataset:
+    """The student's columns and, under other names, the teacher's for the same rows."""
+    from datasets import concatenate_datasets
+
+    inputs = teacher.remove_columns("labels")
+    renamed = inputs.rename_columns({name: TEACHER_PREFIX + name for name in inputs.column_names})
+    return concatenate_datasets([student, renamed], axis=1)
+
+
+class Collator:
+    """Pads rows to the longest of the batch: the student's columns, and the teacher's if given.
+
+    Returns `input_ids` and like, int64 [batch, length]; `teacher_*`, int64 [batch, other length];
+    `labels`, int64 [batch], or float32 [batch] for a regression.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        multiple_of: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.teacher_tokenizer = teacher_tokenizer
+        self.multiple_of = multiple_of
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        batch = self._pad(self.tokenizer, [_inputs(row, "") for row in rows])
+        teacher_too = any(name.startswith(TEACHER_PREFIX) for name in rows[0])
+        if self.teacher_tokenizer is not None and teacher_too:
+            padded = self._pad(self.teacher_tokenizer, [_inputs(row, TEACHER_PREFIX) for row in rows])
+            batch |= {TEACHER_PREFIX + name: tensor for name, tensor in padded.items()}
+        if "labels" in rows[0]:
+            labels = torch.tensor([row["labels"] for row in rows])
+            batch["labels"] = labels.float() if labels.is_floating_point() else labels
+        return batch
+
+    def _pad(
+        self, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        padded = tokenizer.pad(rows, return_tensors="pt", pad_to_multiple_of=self.multiple_of)
+        return dict(padded)
+
+
+def _inputs(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The row's own columns (no prefix) or those under a prefix, the prefix taken off."""
+    if prefix:
+        return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+    return {k: v for k, v in row.items() if not k.startswith(TEACHER_PREFIX) and k != "labels"}

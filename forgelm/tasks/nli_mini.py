@@ -1,0 +1,438 @@
+"""A small natural-language-inference task in MNLI's format, made by a deterministic generator.
+
+Every sentence says how many members of a class did something: ``Not every black dog ran in the
+park.`` Its meaning is a set of bounds on one of two counts, where *R* is the class (``black dog``)
+and *V* the action (``ran in the park``): how many *R* did *V*, and how many *R* did not.
+
+========================  ==========================================
+wording                   meaning
+========================  ==========================================
+some, at least one        at least 1 *R* did *V*
+no, not one, none of      at most 0 *R* did *V*
+every, each, all          at most 0 *R* did not *V*
+not every, not all,       at least 1 *R* did not *V*
+some ... did not
+at least/more than/fewer  the bound, or both bounds, named, on the
+than/exactly N            number of *R* that did *V*
+========================  ==========================================
+
+A premise and a hypothesis are compared over all worlds in which (1) a narrower noun is always a
+case of the wider one (a poodle is a dog, a dog is an animal), (2) a qualified noun is always a case
+of the bare one, likewise for an action with a place or time, and (3) each class that either
+sentence names has at least one member. By (3), existential import, ``Every dog ran.`` entails
+``Some dogs ran.`` and contradicts ``No poodles ran.``. The label is "entailment" if the hypothesis
+holds in every such world in which the premise holds, "contradiction" if in none, else "neutral".
+
+Pairs come in blocks of four premises and four hypotheses, in which each sentence is paired once
+under every label. So no property of one sentence alone says anything about the label.
+"""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from typing import NamedTuple
+
+LABELS: tuple[str, ...] = ("entailment", "neutral", "contradiction")
+SPLITS: tuple[str, ...] = ("train", "validation_matched", "validation_mismatched")
+
+ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
+
+_BLOCKS = {"train": 1000, "validation_matched": 125, "validation_mismatched": 125}
+_NUMBERS = ("two", "three", "four", "five", "six")
+_FORM_BLOCKS = 320
+_SAME_QUANTITIES = 0.75
+_PLURALS = {"person": "people"}
+_QUANTIFIERS = (
+    "some",
+    "no",
+    "every",
+    "not every",
+    "at least",
+    "more than",
+    "fewer than",
+    "exactly",
+)
+_NUMBERED = ("at least", "more than", "fewer than", "exactly")
+
+
+class Pair(NamedTuple):
+    """A premise, a hypothesis and the index in `LABELS` of the relation between them."""
+
+    premise: str
+    hypothesis: str
+    label: int
+
+
+class _Claim(NamedTuple):
+    """A bound on the number of members of a class that did an action, or that did not."""
+
+    at_least: bool
+    count: int
+    wide: bool
+    qualified: bool
+    placed: bool
+    negated: bool
+
+
+class _Form(NamedTuple):
+    """A sentence without its words: of two nouns, a qualifier and a place, those it uses."""
+
+    quantifier: str
+    number: int
+    wide: bool
+    qualified: bool
+    placed: bool
+
+
+_Quantity = tuple[str, int]
+_Signature = tuple[_Quantity, _Quantity, _Quantity, _Quantity]
+_Rows = tuple[tuple[_Form, _Form], ...]
+
+
+class _Domain(NamedTuple):
+    """Words that make plausible sentences together.
+
+    nouns: chains of nouns, each a case of the next. qualifiers: templates for a narrower class.
+    verbs: past tense and infinitive. places: adverbials that narrow an action.
+    """
+
+    nouns: tuple[tuple[str, ...], ...]
+    qualifiers: tuple[str, ...]
+    verbs: tuple[tuple[str, str], ...]
+    places: tuple[str, ...]
+
+
+class _Style(NamedTuple):
+    """The words and sentence patterns of a split."""
+
+    domains: tuple[_Domain, ...]
+    patterns: dict[str, tuple[str, ...]]
+    placings: tuple[str, ...]
+
+
+def _chains(top: str, **families: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple((name, family, top) for family, names in families.items() for name in names)
+
+
+_TRAIN_STYLE = _Style(
+    domains=(
+        _Domain(
+            nouns=_chains(
+                "animal",
+                dog=("poodle", "beagle", "terrier", "guide dog"),
+                bird=("sparrow", "robin", "parrot", "garden bird"),
+                horse=("racehorse", "stallion", "mare", "farm horse"),
+            ),
+            qualifiers=("black {}", "white {}", "brown {}", "hungry {}", "muddy {}"),
+            verbs=(("ran", "run"), ("slept", "sleep"), ("drank", "drink"), ("ate", "eat")),
+            places=("in the garden", "near the river", "behind the house", "before noon"),
+        ),
+        _Domain(
+            nouns=_chains(
+                "person",
+                musician=("pianist", "violinist", "drummer", "jazz musician"),
+                doctor=("surgeon", "dentist", "pediatrician", "eye doctor"),
+                athlete=("swimmer", "runner", "skater", "college athlete"),
+            ),
+            qualifiers=("tired {}", "cheerful {}", "French {}", "Italian {}", "bearded {}"),
+            verbs=(("smiled", "smile"), ("waited", "wait"), ("sang", "sing"), ("danced", "dance")),
+            places=("at the station", "in the hall", "after lunch", "on the stairs"),
+        ),
+        _Domain(
+            nouns=_chains(
+                "vehicle",
+                car=("taxi", "limousine", "convertible", "sports car"),
+                truck=("tanker", "pickup", "tow truck", "fire truck"),
+                boat=("canoe", "kayak", "yacht", "river boat"),
+            ),
+            qualifiers=("red {}", "blue {}", "yellow {}", "rented {}", "electric {}"),
+            verbs=(
+                ("stopped", "stop"),
+                ("arrived", "arrive"),
+                ("turned", "turn"),
+                ("left", "leave"),
+            ),
+            places=("near the bridge", "at midnight", "in the fog", "before dawn"),
+        ),
+    ),
+    patterns={
+        "some": ("some {many} {did}", "at least one {one} {did}"),
+        "no": ("no {many} {did}", "no {one} {did}"),
+        "every": ("every {one} {did}", "all {many} {did}"),
+        "not every": (
+            "not every {one} {did}",
+            "not all {many} {did}",
+            "some {many} did not {do}",
+        ),
+        "at least": ("at least {number} {many} {did}",),
+        "more than": ("more than {number} {many} {did}",),
+        "fewer than": ("fewer than {number} {many} {did}",),
+        "exactly": ("exactly {number} {many} {did}",),
+    },
+    placings=("{clause} {place}",),
+)
+
+_MISMATCHED_STYLE = _Style(
+    domains=(
+        _Domain(
+            nouns=_chains(
+                "animal",
+                dog=("lap dog", "hill dog", "pet dog"),
+                bird=("sea bird", "pet bird", "hill bird"),
+                horse=("cart horse", "wild horse", "war horse"),
+            ),
+            qualifiers=("shy {}", "gray {}", "{} with a bow", "wet {}"),
+            verbs=(("hid", "hide"), ("ran", "run"), ("slept", "sleep"), ("ate", "eat")),
+            places=("by the hut", "on the ice", "near the bridge"),
+        ),
+        _Domain(
+            nouns=_chains(
+                "person",
+                musician=("folk musician", "rock musician", "pop musician"),
+                doctor=("ship doctor", "army doctor", "camp doctor"),
+                athlete=("pro athlete", "teen athlete", "army athlete"),
+            ),
+            qualifiers=("shy {}", "calm {}", "{} with a hat", "busy {}"),
+            verbs=(("won", "win"), ("smiled", "smile"), ("sang", "sing"), ("waited", "wait")),
+            places=("in the pub", "in Rome", "in the garden"),
+        ),
+        _Domain(
+            nouns=_chains(
+                "vehicle",
+                car=("race car", "mail car", "army car"),
+                truck=("oil truck", "milk truck", "mail truck"),
+                boat=("tug boat", "ice boat", "mail boat"),
+            ),
+            qualifiers=("gray {}", "pink {}", "{} with a flag", "wet {}"),
+            verbs=(("slid", "slide"), ("stopped", "stop"), ("turned", "turn"), ("left", "leave")),
+            places=("on the ice", "by the inn", "in the fog"),
+        ),
+    ),
+    patterns={
+        "some": ("some {many} {did}", "at least one {one} {did}"),
+        "no": ("not one {one} {did}", "no {one} {did}", "no {many} {did}"),
+        "every": ("each {one} {did}", "every {one} {did}", "all {many} {did}"),
+        "not every": (
+            "at least one {one} did not {do}",
+            "not every {one} {did}",
+            "some {many} did not {do}",
+        ),
+        "at least": ("not fewer than {number} {many} {did}", "at least {number} {many} {did}"),
+        "more than": ("more than {number} {many} {did}",),
+        "fewer than": ("fewer than {number} {many} {did}",),
+        "exactly": ("exactly {number} {many} {did}",),
+    },
+    placings=("{clause} {place}", "{place} {clause}"),
+)
+
+_STYLES = {
+    "train": _TRAIN_STYLE,
+    "validation_matched": _TRAIN_STYLE,
+    "validation_mismatched": _MISMATCHED_STYLE,
+}
+
+
+def generate(split: str) -> list[Pair]:
+    """Return the pairs of a split, the same in every process, with equally many of each label.
+
+    Raises:
+        ValueError: `split` is not one of `SPLITS`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; valid splits: {', '.join(SPLITS)}")
+    return list(_generate(split))
+
+
+@cache
+def _generate(split: str) -> tuple[Pair, ...]:
+    rng = random.Random(f"nli_mini/{split}")
+    earlier = SPLITS[: SPLITS.index(split)]
+    taken = {pair for other in earlier for pair in _generate(other)}
+    pairs: list[Pair] = []
+    while len(pairs) < 12 * _BLOCKS[split]:
+        block = _block(_STYLES[split], rng)
+        if taken.isdisjoint(block):
+            taken.update(block)
+            pairs.extend(block)
+    rng.shuffle(pairs)
+    return tuple(pairs)
+
+
+def _block(style: _Style, rng: random.Random) -> list[Pair]:
+    """Return four premises and four hypotheses on one topic, each paired once per label."""
+    forms, neutral = rng.choice(_balanced_forms())
+    write = _writer(style, rng)
+    premises = [write(premise) for premise, _ in forms]
+    hypotheses = [write(hypothesis) for _, hypothesis in forms]
+    partners = {ENTAILMENT: (0, 1, 2, 3), NEUTRAL: neutral, CONTRADICTION: (1, 0, 3, 2)}
+    return [
+        Pair(premises[i], hypotheses[j], label)
+        for label, row in partners.items()
+        for i, j in enumerate(row)
+    ]
+
+
+@cache
+def _balanced_forms() -> list[tuple[_Rows, tuple[int, ...]]]:
+    """Return many two `_opposites`, each with the neutral hypothesis of each of its premises."""
+    rng = random.Random("nli_mini/forms")
+    found: list[tuple[_Rows, tuple[int, ...]]] = []
+    while len(found) < _FORM_BLOCKS:
+        first = _signature(rng)
+        second = first if rng.random() < _SAME_QUANTITIES else _signature(rng)
+        if not _opposites(*first) or not _opposites(*second):
+            continue
+        for _ in range(40):
+            rows = rng.choice(_opposites(*first)) + rng.choice(_opposites(*second))
+            neutral = rng.choice(((2, 3, 0, 1), (3, 2, 1, 0)))
+            if all(_relate(rows[i][0], rows[j][1]) == NEUTRAL for i, j in enumerate(neutral)):
+                found.append((rows, neutral))
+                break
+    return found
+
+
+def _signature(rng: random.Random) -> _Signature:
+    """Choose the quantities of two entailing pairs that contradict each other."""
+    while True:
+        first, second = _quantity(rng), _quantity(rng)
+        kept = _answers(first, ENTAILMENT) & _answers(second, CONTRADICTION)
+        denied = _answers(second, ENTAILMENT) & _answers(first, CONTRADICTION)
+        if kept and denied:
+            return first, rng.choice(sorted(kept)), second, rng.choice(sorted(denied))
+
+
+def _quantity(rng: random.Random) -> _Quantity:
+    quantifier = rng.choice(_QUANTIFIERS)
+    return quantifier, rng.randrange(2) if quantifier in _NUMBERED else 0
+
+
+@cache
+def _answers(quantity: _Quantity, label: int) -> frozenset[_Quantity]:
+    """Return the quantities of hypotheses that can have this label with such a premise."""
+    return frozenset(
+        (hypothesis.quantifier, hypothesis.number)
+        for quantifier in _QUANTIFIERS
+        for number in ((0, 1) if quantifier in _NUMBERED else (0,))
+        for premise, hypothesis in product(_forms(quantity), _forms((quantifier, number)))
+        if premise != hypothesis and _relate(premise, hypothesis) == label
+    )
+
+
+@cache
+def _opposites(
+    first: _Quantity, kept: _Quantity, second: _Quantity, denied: _Quantity
+) -> list[_Rows]:
+    """Return all two entailing (premise, hypothesis), each contradicting the other's hypothesis."""
+    return [
+        ((a, b), (c, d))
+        for a, b in product(_forms(first), _forms(kept))
+        if a != b and _relate(a, b) == ENTAILMENT
+        for c in _forms(second)
+        if _relate(c, b) == CONTRADICTION
+        for d in _forms(denied)
+        if c != d and _relate(c, d) == ENTAILMENT and _relate(a, d) == CONTRADICTION
+    ]
+
+
+def _writer(style: _Style, rng: random.Random) -> Callable[[_Form], str]:
+    """Choose the words of a block; return what makes a sentence of a form with them."""
+    domain = rng.choice(style.domains)
+    chain = rng.choice(domain.nouns)
+    narrow = rng.randrange(len(chain) - 1)
+    nouns = chain[narrow], rng.choice(chain[narrow + 1 :])
+    qualifier, place = rng.choice(domain.qualifiers), rng.choice(domain.places)
+    did, do = rng.choice(domain.verbs)
+    first_number = rng.randrange(len(_NUMBERS) - 1)
+
+    def write(form: _Form) -> str:
+        noun = nouns[form.wide]
+        template = qualifier if form.qualified else "{}"
+        clause = rng.choice(style.patterns[form.quantifier]).format(
+            one=template.format(noun),
+            many=template.format(_PLURALS.get(noun, noun + "s")),
+            number=_NUMBERS[first_number + form.number],
+            did=did,
+            do=do,
+        )
+        placing = rng.choice(style.placings) if form.placed else "{clause}"
+        text = placing.format(clause=clause, place=place)
+        return text[0].upper() + text[1:] + "."
+
+    return write
+
+
+@cache
+def _forms(quantity: _Quantity) -> list[_Form]:
+    return [_Form(*quantity, *flags) for flags in product((False, True), repeat=3)]
+
+
+@cache
+def _relate(premise: _Form, hypothesis: _Form) -> int:
+    known = _claims(premise)
+    asked = _claims(hypothesis)
+    known_all = known + _imports(known, (premise, hypothesis))
+    asked_all = asked + _imports(asked, (premise, hypothesis))
+    if any(_excludes(k, a) for k in known_all for a in asked_all):
+        return CONTRADICTION
+    if all(any(_implies(k, a) for k in known_all) for a in asked):
+        return ENTAILMENT
+    return NEUTRAL
+
+
+def _claims(form: _Form) -> list[_Claim]:
+    # Of the two numbers in a block only their order matters, as both exceed one.
+    number = 2 + form.number
+
+    def claim(at_least: bool, count: int, negated: bool = False) -> _Claim:
+        return _Claim(at_least, count, form.wide, form.qualified, form.placed, negated)
+
+    match form.quantifier:
+        case "some":
+            return [claim(True, 1)]
+        case "no":
+            return [claim(False, 0)]
+        case "every":
+            return [claim(False, 0, negated=True)]
+        case "not every":
+            return [claim(True, 1, negated=True)]
+        case "at least":
+            return [claim(True, number)]
+        case "more than":
+            return [claim(True, number + 1)]
+        case "fewer than":
+            return [claim(False, number - 1)]
+        case _:
+            return [claim(True, number), claim(False, number)]
+
+
+def _imports(claims: list[_Claim], named: tuple[_Form, ...]) -> list[_Claim]:
+    """Return what `claims` imply of the named classes because none of these is empty."""
+    return [
+        _Claim(True, 1, form.wide, form.qualified, claim.placed, not claim.negated)
+        for claim in claims
+        for form in named
+        if claim.count == 0 and form.wide <= claim.wide and form.qualified >= claim.qualified
+    ]
+
+
+def _within(inner: _Claim, outer: _Claim) -> bool:
+    """Tell whether all that `inner` counts is among what `outer` counts."""
+    classes = inner.wide <= outer.wide and inner.qualified >= outer.qualified
+    narrow, broad = (outer, inner) if inner.negated else (inner, outer)
+    return classes and inner.negated == outer.negated and narrow.placed >= broad.placed
+
+
+def _implies(known: _Claim, asked: _Claim) -> bool:
+    if known.at_least != asked.at_least:
+        return False
+    if known.at_least:
+        return _within(known, asked) and known.count >= asked.count
+    return _within(asked, known) and known.count <= asked.count
+
+
+def _excludes(one: _Claim, other: _Claim) -> bool:
+    lower, upper = (one, other) if one.at_least else (other, one)
+    if not lower.at_least or upper.at_least:
+        return False
+    return _within(lower, upper) and lower.count > upper.count

@@ -1,0 +1,295 @@
+"""The rows of a task as they are before any tokenizer: loaded, checked, labels numbered."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgelm.config.schema import Metric, Problem, TaskConfig
+from forgelm.errors import ConfigError
+from forgelm.hub import explained
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_PART_SEED = 0
+HIDDEN = -1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A task's rows. Each data set has the columns `text`, `text_pair` (if any) and `label`.
+
+    `labels` are the names in the order of their numbers, None for a regression. `fingerprint`
+    changes with any row, `revision` is the hub's commit.
+    """
+
+    train: Dataset
+    eval: dict[str, Dataset]
+    labels: list[str] | None
+    fingerprint: str
+    revision: str | None
+
+
+def load_rows(task: TaskConfig, revision: str | None) -> Rows:
+    """Load, check and number the rows; `revision` is the commit to take, where there is one.
+
+    Raises:
+        ConfigError: a missing file, split or column, an empty file, a bad or unknown label.
+        RunError: the hub failed.
+    """
+    splits, fingerprint = _load(task, revision)
+    for name, split in splits.items():
+        _check_columns(task, name, split)
+    labels = None if task.problem is Problem.regression else _label_names(task, splits)
+    if labels is not None and Metric.f1 in task.metrics and len(labels) != 2:
+        raise ConfigError(
+            f"task.metrics: f1 is for two labels, and there are {len(labels)} "
+            f"({', '.join(labels[:5])}); use f1_macro"
+        )
+    made = {name: _normalised(task, name, split, labels) for name, split in splits.items()}
+    train = _part(made.pop(task.train_split), task.max_train_samples)
+    held_out = {name: _part(split, task.max_eval_samples) for name, split in made.items()}
+    return Rows(train, held_out, labels, fingerprint, revision)
+
+
+def _load(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str]:
+    if task.embedded is not None:
+        return _embedded(task)
+    if task.train_file is not None:
+        files = {task.train_split: task.train_file, task.validation_splits[0]: task.validation_file}
+        found = {name: Path(str(path)) for name, path in files.items()}
+        splits = {name: read_file(path) for name, path in found.items()}
+        return splits, _digest(*(path.read_bytes() for path in found.values()))
+    return _from_hub(task, revision)
+
+
+def _embedded(task: TaskConfig) -> tuple[dict[str, Dataset], str]:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    from forgelm.tasks import nli_mini
+
+    text = Value("string")
+    features = Features(
+        premise=text, hypothesis=text, label=ClassLabel(names=list(nli_mini.LABELS))
+    )
+    splits, parts = {}, []
+    for name in [task.train_split, *task.validation_splits]:
+        if name not in nli_mini.SPLITS:
+            raise ConfigError(
+                f"split {name}: {task.embedded} has {', '.join(nli_mini.SPLITS)}; "
+                "see task.train_split and task.validation_splits"
+            )
+        pairs = nli_mini.generate(name)
+        parts.append(json.dumps(pairs).encode())
+        columns = zip(*pairs, strict=True)
+        rows = dict(zip(("premise", "hypothesis", "label"), map(list, columns), strict=True))
+        splits[name] = Dataset.from_dict(rows, features=features)
+    return splits, _digest(*parts)
+
+
+def _from_hub(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name = str(task.dataset)
+    try:
+        with explained(f"data set {name}"):
+            found = load_dataset(name, task.dataset_config, revision=revision)
+    except DatasetNotFoundError as error:
+        raise ConfigError(f"task.dataset={name}: {str(error).splitlines()[0]}") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"task.dataset={name}, task.dataset_config={task.dataset_config}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    splits = {}
+    for split in [task.train_split, *task.validation_splits]:
+        if split not in found:
+            raise ConfigError(
+                f"split {split}: {name} has {', '.join(found)}; "
+                "see task.train_split and task.validation_splits"
+            )
+        splits[split] = found[split]
+    prints = [str(part._fingerprint).encode() for part in splits.values()]
+    known = str(revision).encode() if revision else b"".join(prints)
+    return splits, _digest(known, str(task.dataset_config).encode())
+
+
+def read_file(path: Path) -> Dataset:
+    """Read a .csv, .tsv, .json, .jsonl or .parquet file; the rows of text files stay text.
+
+    Raises:
+        ConfigError: the file is empty or can't be read as what its name says.
+    """
+    import pandas
+    import pyarrow
+    from datasets import Dataset
+
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            frame = pandas.read_csv(
+                path, sep="\t" if suffix == ".tsv" else ",", dtype=str, keep_default_na=False
+            )
+            rows = Dataset.from_pandas(frame, preserve_index=False)
+        elif suffix == ".parquet":
+            rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+        else:
+            rows = Dataset.from_list(_json_rows(path))
+    except pandas.errors.EmptyDataError as error:
+        raise ConfigError(f"{path}: the file is empty") from error
+    except (pandas.errors.ParserError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable {suffix} file: {error}") from error
+    if not len(rows):
+        raise ConfigError(f"{path}: the file has no rows")
+    return rows
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() == ".json":
+        try:
+            rows = json.loads(text or "[]")
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not JSON: {error}; one object a line is .jsonl") from error
+        if not isinstance(rows, list):
+            raise ConfigError(f"{path}: must hold a list of objects; one object a line is .jsonl")
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, row {number}: must be an object, and is {row!r:.60}")
+    return rows
+
+
+def _check_columns(task: TaskConfig, split: str, rows: Dataset) -> None:
+    if not len(rows):
+        raise ConfigError(f"split {split} of task {task.name} has no rows")
+    wanted = {
+        "task.text_column": task.text_column,
+        "task.text_pair_column": task.text_pair_column,
+        "task.label_column": task.label_column,
+    }
+    problems = []
+    for key, column in wanted.items():
+        if column is None or column in rows.column_names:
+            continue
+        near = difflib.get_close_matches(column, rows.column_names, n=1)
+        hint = f"; did you mean {key}={near[0]}?" if near else ""
+        problems.append(
+            f"{key}={column}: split {split} has no such column, but "
+            f"{', '.join(rows.column_names)}{hint}"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _label_names(task: TaskConfig, splits: dict[str, Dataset]) -> list[str]:
+    if task.labels is not None:
+        return list(task.labels)
+    train = splits[task.train_split]
+    declared = getattr(train.features[task.label_column], "names", None)
+    if declared is not None:
+        return list(declared)
+    values = train.unique(task.label_column)
+    if any(isinstance(value, float) and not value.is_integer() for value in values):
+        raise ConfigError(
+            f"task.label_column={task.label_column}: holds numbers such as {values[0]}, not "
+            "labels; set task.problem=regression task.metrics=[pearson]"
+        )
+    names = {_name(value) for value in values if value is not None and value != ""}
+    if len(names) < 2:
+        raise ConfigError(
+            f"task.label_column={task.label_column}: the training rows have "
+            f"{len(names)} different label(s); a classifier needs two or more"
+        )
+    if all(name.lstrip("-").isdigit() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def _name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _normalised(task: TaskConfig, split: str, rows: Dataset, labels: list[str] | None) -> Dataset:
+    from datasets import Dataset
+
+    columns = {"text": _texts(task.text_column, split, rows)}
+    if task.text_pair_column is not None:
+        columns["text_pair"] = _texts(task.text_pair_column, split, rows)
+    values = rows[task.label_column][:]
+    number = _score if labels is None else _numbering(task, rows, labels)
+    numbers: list[float] = []
+    for row, value in enumerate(values, 1):
+        try:
+            numbers.append(number(value))
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(_bad_label(task, split, row, value, labels)) from None
+    return Dataset.from_dict({**columns, "label": numbers})
+
+
+def _score(value: Any) -> float:
+    score = float(value)
+    if score != score or score in (float("inf"), float("-inf")):
+        raise ValueError(value)
+    return score
+
+
+def _numbering(task: TaskConfig, rows: Dataset, labels: list[str]) -> Any:
+    """From a label as it stands in the data to its number; KeyError for an unknown one."""
+    declared = getattr(rows.features[task.label_column], "names", None)
+    numbers = {name: index for index, name in enumerate(labels)}
+    if declared is not None and list(declared) != labels:
+        return lambda value: numbers[declared[value] if value >= 0 else HIDDEN]
+    if declared is not None:
+        return dict(enumerate(range(len(labels)))).__getitem__
+    return lambda value: numbers[_name(value)]
+
+
+def _bad_label(task: TaskConfig, split: str, row: int, value: Any, labels: list[str] | None) -> str:
+    where = f"split {split}, row {row}: {task.label_column}={value!r}"
+    if labels is None:
+        return f"{where} is not a finite number, which a regression needs"
+    if value == HIDDEN:
+        return f"{where}: the labels of this split are hidden; evaluate on another split"
+    if value is None or value == "":
+        return f"{where}: the label is missing"
+    return f"{where}: unknown label; the labels are {', '.join(labels[:20])}"
+
+
+def _texts(column: str, split: str, rows: Dataset) -> list[str]:
+    texts = rows[column][:]
+    for row, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ConfigError(f"split {split}, row {row}: {column}={text!r} is not text")
+    return texts
+
+
+def _part(rows: Dataset, limit: int | None) -> Dataset:
+    """A fixed part: the same rows for every seed of a run."""
+    import numpy
+
+    if limit is None or limit >= len(rows):
+        return rows
+    order = numpy.random.RandomState(_PART_SEED).permutation(len(rows))
+    return rows.select(order[:limit])
+
+
+def _digest(*parts: bytes) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
