@@ -74,7 +74,9 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _json_ready(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
 
 
 def _group(name: str) -> str:

@@ -62,7 +62,7 @@ def set_up(debug: bool = False, stream: IO[str] | None = None) -> None:
 
 
 def quiet_libraries() -> None:
-    """Route the libraries' own handlers and bars through ours. Imports them: not for light paths."""
+    """Route the libraries' own handlers and bars through ours; imports them."""
     import datasets
     import transformers
 

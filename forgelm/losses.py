@@ -7,7 +7,6 @@ All take logits [batch, outputs] in any precision and compute in float32.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

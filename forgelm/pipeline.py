@@ -97,7 +97,9 @@ def _to_log_alone(run: Run) -> None:
         return
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
-            record = log.makeRecord(log.name, logging.ERROR, "", 0, traceback.format_exc(), (), None)
+            record = log.makeRecord(
+                log.name, logging.ERROR, "", 0, traceback.format_exc(), (), None
+            )
             handler.handle(record)
 
 
@@ -184,7 +186,7 @@ def prepare_task(run: Run) -> TaskData:
 
 
 def load_models(run: Run, task: TaskData) -> Models:
-    """The student, from the same start for a given seed whatever the mode; the teacher if needed."""
+    """The student, from the same start whatever the mode; the teacher if needed."""
     from transformers import set_seed
 
     from forgelm.models.load import load_student, load_teacher, teacher_dtype
@@ -192,15 +194,11 @@ def load_models(run: Run, task: TaskData) -> Models:
     config, revisions = run.config, run.metadata["revisions"]
     labels = task.rows.labels
     set_seed(config.seed)
-    student = load_student(
-        config.model, revisions.get("model"), task.collator.tokenizer, labels
-    )
+    student = load_student(config.model, revisions.get("model"), task.collator.tokenizer, labels)
     if not uses_teacher(config):
         return Models(student, None)
     dtype = teacher_dtype(config.teacher)
-    return Models(
-        student, load_teacher(config.teacher, revisions.get("teacher"), labels, dtype)
-    )
+    return Models(student, load_teacher(config.teacher, revisions.get("teacher"), labels, dtype))
 
 
 def build_trainer(
@@ -236,9 +234,7 @@ def build_trainer(
     return trainer, arguments
 
 
-def opening_screen(
-    run: Run, task: TaskData, models: Models, arguments: TrainingArguments
-) -> str:
+def opening_screen(run: Run, task: TaskData, models: Models, arguments: TrainingArguments) -> str:
     """What will run, before it does."""
     from forgelm.report import opening
 
@@ -278,9 +274,7 @@ def evaluate_before(
     return before
 
 
-def evaluations(
-    config: RunConfig, before: Any, after: Any, peaks: Any
-) -> dict[str, Any]:
+def evaluations(config: RunConfig, before: Any, after: Any, peaks: Any) -> dict[str, Any]:
     """What `eval.json` holds."""
     return {
         "metric": config.task.metrics[0].name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,12 @@ def opening(
 def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str) -> str:
     """The table after training: before, after, teacher, share of the gap closed; what's next."""
     metric = config.task.metrics[0].name
-    rows = [("", "before", "after", "teacher", "gap closed")]
+    rows: list[tuple[str, ...]] = [("", "before", "after", "teacher", "gap closed")]
     after = results["after"]["student"]
-    before, teacher = (results["before"] or {}).get("student"), (results["before"] or {}).get("teacher")
+    before, teacher = (
+        (results["before"] or {}).get("student"),
+        (results["before"] or {}).get("teacher"),
+    )
     for split in after:
         values = [_value(scores, split, metric) for scores in (before, after, teacher)]
         rows.append((f"{split} {metric}", *map(_number, values), _gap(*values)))
@@ -70,9 +72,9 @@ def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str
     return "\n".join(lines)
 
 
-def comparison(rows: Iterable[tuple[str, ...]]) -> str:
-    """A table with its header in the first row."""
-    return "\n".join(_aligned(list(rows)))
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns; the first row is the header."""
+    return "\n".join(_aligned(rows))
 
 
 def _near(root: Path) -> str:
@@ -113,7 +115,9 @@ def _loss(config: RunConfig) -> str:
         return task
     mode = config.mode
     kl = mode.loss.name == "kl" or (mode.loss.name == "auto" and task == "cross-entropy")
-    part = f"T^2 KL(teacher || student), T = {mode.temperature:g}" if kl else "squared error of logits"
+    part = (
+        f"T^2 KL(teacher || student), T = {mode.temperature:g}" if kl else "squared error of logits"
+    )
     return f"{1 - mode.alpha:g} {task} + {mode.alpha:g} {part}"
 
 

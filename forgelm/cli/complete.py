@@ -15,8 +15,7 @@ def answer() -> str | None:
     A command's name is taken out of COMP_LINE, since Hydra takes each word for an override.
     """
     line = os.environ.get("COMP_LINE", "")
-    program, _, rest = line.partition(" ")
-    words = rest.split(" ")
+    words = line.partition(" ")[2].split(" ")
     if len(words) == 1 and "=" not in words[0] and words[0]:
         names = [name for name in COMMANDS if name.startswith(words[0])]
         if names:

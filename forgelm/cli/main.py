@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from forgelm import __version__
-from forgelm.errors import EXIT_CONFIG_ERROR, EXIT_INTERRUPTED, EXIT_OK, ForgeError
+from forgelm.errors import (
+    EXIT_CONFIG_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TRAINING_ERROR,
+    ForgeError,
+)
 
 COMMANDS = {
     "train": "compose a config and run it (the default command)",
@@ -61,6 +67,12 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("forgelm: stopped by Ctrl-C", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if "debug=true" in argv or "--debug" in argv:
+            raise
+        text = " ".join(str(error).split())[:500]
+        print(f"forgelm: {type(error).__name__}: {text}; debug=true shows where", file=sys.stderr)
+        return EXIT_TRAINING_ERROR
 
 
 def complain(error: ForgeError) -> int:

@@ -15,8 +15,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from forgelm.cli.main import complain
-from forgelm.config.compose import CONFIG_NAME, VERSION_BASE, conf_dir, register_schema, to_typed
-from forgelm.config.request import Request, check_request, teacher_run
+from forgelm.config.compose import (
+    CONFIG_NAME,
+    VERSION_BASE,
+    Request,
+    conf_dir,
+    register_schema,
+    to_typed,
+)
+from forgelm.config.request import check_request, teacher_run
 from forgelm.errors import EXIT_OK, ConfigError, ForgeError, worst
 
 _codes: list[int] = []

@@ -1,1 +1,1 @@
-"""What a run is asked to be: the typed schema, its composition and its refusal of wrong requests."""
+"""What a run is asked to be: the typed schema, its composition, the refusal of wrong requests."""

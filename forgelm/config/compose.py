@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from hydra import compose, initialize_config_dir
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobRuntime, setup_globals
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from forgelm.config.schema import MODES, RunConfig
@@ -32,21 +38,39 @@ def register_schema() -> None:
         store.store(f"_mode_{name}", node)
 
 
-def compose_run(
-    overrides: Sequence[str],
-    config_name: str = CONFIG_NAME,
-    main_dir: Path | None = None,
-    extra_dir: Path | None = None,
-) -> DictConfig:
-    """Compose one run's config, as `forgelm train` does; raises what Hydra raises.
+@dataclass(frozen=True)
+class Request:
+    """What was typed: overrides as Hydra reads them, and where configs are looked for.
 
-    `extra_dir` is searched after `main_dir` (default: the shipped configs), as `--config-dir` is.
+    `config_dir` is searched after `config_path` (None: the shipped configs).
     """
-    register_schema()
-    added = [] if extra_dir is None else [f"hydra.searchpath=['file://{extra_dir.resolve()}']"]
-    main = str((main_dir or conf_dir()).resolve())
-    with initialize_config_dir(main, version_base=VERSION_BASE):
-        return compose(config_name, overrides=[*overrides, *added])
+
+    overrides: tuple[str, ...] = ()
+    config_name: str = CONFIG_NAME
+    config_path: Path | None = None
+    config_dir: Path | None = None
+    multirun: bool = False
+
+    def folders(self) -> list[Path]:
+        """Where groups are looked up, in Hydra's order."""
+        found = [self.config_path or conf_dir(), self.config_dir]
+        return [folder for folder in found if folder is not None]
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose one run's config, as `forgelm train` does; raises what Hydra raises.
+
+        Hydra's public compose knows no --config-dir, hence its loader.
+        """
+        register_schema()
+        version.setbase(VERSION_BASE)
+        setup_globals()
+        JobRuntime.instance().set("name", "forgelm")
+        search_path = create_config_search_path(str(self.folders()[0].resolve()))
+        if self.config_dir is not None:
+            schema = SearchPathQuery(provider="schema")
+            search_path.prepend("command-line", f"file://{self.config_dir.resolve()}", schema)
+        loader = ConfigLoaderImpl(config_search_path=search_path)
+        return loader.load_configuration(self.config_name, list(overrides), RunMode.RUN)
 
 
 def to_typed(config: DictConfig) -> RunConfig:

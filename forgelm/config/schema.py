@@ -8,17 +8,14 @@ Nothing here imports torch or transformers: requests are checked before those ar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
 
-class NamedEnum(str, Enum):
-    """An enum whose members are typed by their names, as OmegaConf reads them."""
-
-    def __str__(self) -> str:
-        return self.name
+class NamedEnum(StrEnum):
+    """An enum that is typed by its members' names, as OmegaConf reads them."""
 
 
 class Problem(NamedEnum):

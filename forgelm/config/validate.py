@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,14 @@ def _value(key: str, value: Any, bounds: dict[str, Any]) -> Iterator[str]:
         yield f"{key}=nan: must be a number"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    allowed = {
-        "min": (lambda bound: value >= bound, "at least"),
-        "max": (lambda bound: value <= bound, "at most"),
-        "above": (lambda bound: value > bound, "above"),
-        "below": (lambda bound: value < bound, "below"),
+    tests: dict[str, tuple[Callable[[float, float], bool], str]] = {
+        "min": (operator.ge, "at least"),
+        "max": (operator.le, "at most"),
+        "above": (operator.gt, "above"),
+        "below": (operator.lt, "below"),
     }
-    wanted = [f"{words} {bounds[name]:g}" for name, (_, words) in allowed.items() if name in bounds]
-    if any(name in bounds and not holds(bounds[name]) for name, (holds, _) in allowed.items()):
+    wanted = [f"{words} {bounds[name]:g}" for name, (_, words) in tests.items() if name in bounds]
+    if any(name in bounds and not holds(value, bounds[name]) for name, (holds, _) in tests.items()):
         yield f"{key}={value}: must be {' and '.join(wanted)}"
     elif value in (float("inf"), float("-inf")):
         yield f"{key}={value}: must be finite"

@@ -33,18 +33,14 @@ def load_tokenizer(config: ModelConfig, revision: str | None) -> PreTrainedToken
     from transformers import AutoTokenizer, BertTokenizer
 
     if config.path is None:
-        return BertTokenizer(
-            tokenizer_file=str(TINY_TOKENIZER), model_max_length=_TINY_POSITIONS
-        )
+        return BertTokenizer(tokenizer_file=str(TINY_TOKENIZER), model_max_length=_TINY_POSITIONS)
     with _explained(f"model {config.path}"):
         return AutoTokenizer.from_pretrained(
             config.path, revision=revision, trust_remote_code=config.trust_remote_code
         )
 
 
-def load_teacher_tokenizer(
-    config: TeacherConfig, revision: str | None
-) -> PreTrainedTokenizerBase:
+def load_teacher_tokenizer(config: TeacherConfig, revision: str | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = str(config.path or config.run)
@@ -84,7 +80,7 @@ def load_student(
 def load_teacher(
     config: TeacherConfig, revision: str | None, labels: Sequence[str] | None, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The teacher in eval mode, without gradients, its outputs put in the order of the task's labels.
+    """The teacher in eval mode, without gradients, its outputs in the order of the task's labels.
 
     Raises:
         ConfigError: the labels can't be matched.
@@ -135,9 +131,7 @@ def bf16_native() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def match_labels(
-    name: str, config: Any, labels: Sequence[str] | None
-) -> list[int] | None:
+def match_labels(name: str, config: Any, labels: Sequence[str] | None) -> list[int] | None:
     """Where each of the task's labels stands among the teacher's outputs.
 
     None where both have the same order, or where the teacher's labels have no names (LABEL_0, ...)
@@ -209,7 +203,7 @@ def _tiny(tiny: TinyConfig, vocabulary: int, head: dict[str, Any]) -> Any:
 
 @contextmanager
 def _explained(thing: str) -> Iterator[None]:
-    """One line about `thing` instead of what transformers raises for a folder or id it can't use."""
+    """One line about `thing` for what transformers raises when it can't use it."""
     try:
         with explained(thing):
             yield
@@ -219,5 +213,5 @@ def _explained(thing: str) -> Iterator[None]:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, Exception) and not isinstance(cause, OSError | ValueError):
             with explained(thing):
-                raise cause
+                raise cause from error
         raise RunError(f"{thing}: {' '.join(str(error).split())[:300]}") from error

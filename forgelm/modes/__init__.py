@@ -1,1 +1,1 @@
-"""Modes: each module builds the trainer of one. Imported when a run needs it: trainers are heavy."""
+"""Modes: each module builds the trainer of one. Heavy: imported when needed."""

@@ -19,7 +19,9 @@ class DistillationTrainer(FinetuningTrainer):
     Without a teacher (alpha 0) it is FinetuningTrainer, bit for bit.
     """
 
-    def __init__(self, *args: Any, mode: KdConfig, teacher: PreTrainedModel | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mode: KdConfig, teacher: PreTrainedModel | None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.mode = mode
         self.teacher = teacher

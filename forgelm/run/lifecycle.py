@@ -1,4 +1,4 @@
-"""A run's life: its directory created or found again, its state kept, its starts and stops noted."""
+"""A run's life: its directory made or found again, its state, its starts and stops."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]
 def start_session(run: Run) -> None:
     """Note this start: where it runs, with which versions and code."""
     last = run.metadata["sessions"][-1] if run.metadata["sessions"] else None
-    session = {
+    session: dict[str, Any] = {
         "started": now(),
         "command": command_line(),
         "machine": machine(),

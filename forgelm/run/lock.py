@@ -28,7 +28,9 @@ def owned(paths: RunPaths) -> Iterator[None]:
                 "wait for it, or give another run_name"
             ) from None
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        os.pwrite(
+            handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0
+        )
         yield
         os.ftruncate(handle, 0)
     finally:

@@ -50,7 +50,11 @@ def versions() -> dict[str, str]:
         for item in distributions()
         if (name := (item.metadata["Name"] or "").lower().replace("_", "-")) in wanted
     }
-    return {"python": platform.python_version(), "forgelm": __version__, **dict(sorted(found.items()))}
+    return {
+        "python": platform.python_version(),
+        "forgelm": __version__,
+        **dict(sorted(found.items())),
+    }
 
 
 def git(folder: Path) -> dict[str, Any] | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 
 from forgelm.run.files import read_json, write_json
 from forgelm.run.paths import RunPaths
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     created = "created"
     submitted = "submitted"
     running = "running"
@@ -19,7 +19,7 @@ class Status(str, Enum):
     complete = "complete"
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """The parts of a run, in their order; a finished part is not done again."""
 
     setup = "setup"

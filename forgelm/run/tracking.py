@@ -46,7 +46,7 @@ def start_tracking(
         run = wandb.init(
             id=run_id,
             resume="allow",
-            mode=config.mode.name,
+            mode=config.mode.name,  # type: ignore[arg-type]
             project=config.project,
             entity=config.entity,
             group=config.group,

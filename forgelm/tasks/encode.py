@@ -21,7 +21,7 @@ TEACHER_PREFIX = "teacher_"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what a tokenizer makes of any text: its rules, vocabulary and which inputs it gives."""
+    """Hash of what a tokenizer makes of any text: its rules, vocabulary and inputs."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), str(tokenizer.init_kwargs)]
@@ -37,7 +37,8 @@ def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int, name: str)
     """Refuse a `max_length` (tokens) that the model behind the tokenizer can't take."""
     if max_length > tokenizer.model_max_length:
         raise ConfigError(
-            f"task.max_length={max_length}: {name} takes at most {tokenizer.model_max_length} tokens"
+            f"task.max_length={max_length}: {name} takes at most "
+            f"{tokenizer.model_max_length} tokens"
         )
 
 
@@ -51,7 +52,8 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     key = _key(rows, tokenizer, max_length)
     place = Path(config.HF_DATASETS_CACHE) / "forgelm" / f"encoded-{key}"
     if not place.is_dir():
-        _store(_encoded(rows, tokenizer, max_length), place)
+        made = encode_texts(rows, tokenizer, max_length)
+        _store(made.add_column("labels", rows["label"][:]), place)
     return load_from_disk(str(place))
 
 
@@ -62,13 +64,15 @@ def _key(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> 
     return total.hexdigest()[:32]
 
 
-def _encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def encode_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids of `rows` (columns text, text_pair if any), at most `max_length`, not padded."""
     from datasets import Dataset
 
     pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else None
     made = tokenizer(rows["text"][:], pairs, truncation=True, max_length=max_length)
-    columns = {name: made[name] for name in tokenizer.model_input_names if name in made}
-    return Dataset.from_dict({**columns, "labels": rows["label"][:]})
+    return Dataset.from_dict(
+        {name: made[name] for name in tokenizer.model_input_names if name in made}
+    )
 
 
 def _store(made: Dataset, place: Path) -> None:
@@ -118,7 +122,9 @@ class Collator:
         batch = self._pad(self.tokenizer, [_inputs(row, "") for row in rows])
         teacher_too = any(name.startswith(TEACHER_PREFIX) for name in rows[0])
         if self.teacher_tokenizer is not None and teacher_too:
-            padded = self._pad(self.teacher_tokenizer, [_inputs(row, TEACHER_PREFIX) for row in rows])
+            padded = self._pad(
+                self.teacher_tokenizer, [_inputs(row, TEACHER_PREFIX) for row in rows]
+            )
             batch |= {TEACHER_PREFIX + name: tensor for name, tensor in padded.items()}
         if "labels" in rows[0]:
             labels = torch.tensor([row["labels"] for row in rows])

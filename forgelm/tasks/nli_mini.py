@@ -182,9 +182,9 @@ _MISMATCHED_STYLE = _Style(
                 bird=("sea bird", "pet bird", "hill bird"),
                 horse=("cart horse", "wild horse", "war horse"),
             ),
-            qualifiers=("shy {}", "gray {}", "{} with a bow", "wet {}"),
+            qualifiers=("wet {}", "brown {}", "hungry {}", "muddy {}"),
             verbs=(("hid", "hide"), ("ran", "run"), ("slept", "sleep"), ("ate", "eat")),
-            places=("by the hut", "on the ice", "near the bridge"),
+            places=("by the hut", "near the bridge", "in the fog"),
         ),
         _Domain(
             nouns=_chains(
@@ -193,9 +193,9 @@ _MISMATCHED_STYLE = _Style(
                 doctor=("ship doctor", "army doctor", "camp doctor"),
                 athlete=("pro athlete", "teen athlete", "army athlete"),
             ),
-            qualifiers=("shy {}", "calm {}", "{} with a hat", "busy {}"),
+            qualifiers=("shy {}", "tired {}", "cheerful {}", "hungry {}"),
             verbs=(("won", "win"), ("smiled", "smile"), ("sang", "sing"), ("waited", "wait")),
-            places=("in the pub", "in Rome", "in the garden"),
+            places=("in the pub", "in the garden", "before noon"),
         ),
         _Domain(
             nouns=_chains(
@@ -204,26 +204,22 @@ _MISMATCHED_STYLE = _Style(
                 truck=("oil truck", "milk truck", "mail truck"),
                 boat=("tug boat", "ice boat", "mail boat"),
             ),
-            qualifiers=("gray {}", "pink {}", "{} with a flag", "wet {}"),
+            qualifiers=("wet {}", "blue {}", "yellow {}", "muddy {}"),
             verbs=(("slid", "slide"), ("stopped", "stop"), ("turned", "turn"), ("left", "leave")),
-            places=("on the ice", "by the inn", "in the fog"),
+            places=("by the inn", "near the river", "after lunch"),
         ),
     ),
     patterns={
         "some": ("some {many} {did}", "at least one {one} {did}"),
-        "no": ("not one {one} {did}", "no {one} {did}", "no {many} {did}"),
-        "every": ("each {one} {did}", "every {one} {did}", "all {many} {did}"),
-        "not every": (
-            "at least one {one} did not {do}",
-            "not every {one} {did}",
-            "some {many} did not {do}",
-        ),
-        "at least": ("not fewer than {number} {many} {did}", "at least {number} {many} {did}"),
+        "no": ("not one {one} {did}", "not a single {one} {did}", "no {many} {did}"),
+        "every": ("each {one} {did}", "every single {one} {did}", "all {many} {did}"),
+        "not every": ("at least one {one} did not {do}", "not every single {one} {did}"),
+        "at least": ("at least {number} {many} {did}",),
         "more than": ("more than {number} {many} {did}",),
         "fewer than": ("fewer than {number} {many} {did}",),
-        "exactly": ("exactly {number} {many} {did}",),
+        "exactly": ("exactly {number} {many} {did}", "only {number} {many} {did}"),
     },
-    placings=("{clause} {place}", "{place} {clause}"),
+    placings=("{clause} {place}", "{clause} {place}", "{place} {clause}"),
 )
 
 _STYLES = {

@@ -174,14 +174,29 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def text_rows(task: TaskConfig, path: Path, rows: Dataset) -> Dataset:
+    """The task's text columns of own rows, as `text` and `text_pair`, for prediction."""
+    from datasets import Dataset
+
+    _check_present(_text_columns(task), str(path), rows)
+    return Dataset.from_dict(_text_values(task, str(path), rows))
+
+
+def _text_columns(task: TaskConfig) -> dict[str, str | None]:
+    return {
+        "task.text_column": task.text_column,
+        "task.text_pair_column": task.text_pair_column,
+    }
+
+
 def _check_columns(task: TaskConfig, split: str, rows: Dataset) -> None:
     if not len(rows):
         raise ConfigError(f"split {split} of task {task.name} has no rows")
-    wanted = {
-        "task.text_column": task.text_column,
-        "task.text_pair_column": task.text_pair_column,
-        "task.label_column": task.label_column,
-    }
+    wanted = {**_text_columns(task), "task.label_column": task.label_column}
+    _check_present(wanted, f"split {split}", rows)
+
+
+def _check_present(wanted: dict[str, str | None], where: str, rows: Dataset) -> None:
     problems = []
     for key, column in wanted.items():
         if column is None or column in rows.column_names:
@@ -189,8 +204,7 @@ def _check_columns(task: TaskConfig, split: str, rows: Dataset) -> None:
         near = difflib.get_close_matches(column, rows.column_names, n=1)
         hint = f"; did you mean {key}={near[0]}?" if near else ""
         problems.append(
-            f"{key}={column}: split {split} has no such column, but "
-            f"{', '.join(rows.column_names)}{hint}"
+            f"{key}={column}: {where} has no such column, but {', '.join(rows.column_names)}{hint}"
         )
     if problems:
         raise ConfigError(problems)
@@ -227,9 +241,7 @@ def _name(value: Any) -> str:
 def _normalised(task: TaskConfig, split: str, rows: Dataset, labels: list[str] | None) -> Dataset:
     from datasets import Dataset
 
-    columns = {"text": _texts(task.text_column, split, rows)}
-    if task.text_pair_column is not None:
-        columns["text_pair"] = _texts(task.text_pair_column, split, rows)
+    columns = _text_values(task, f"split {split}", rows)
     values = rows[task.label_column][:]
     number = _score if labels is None else _numbering(task, rows, labels)
     numbers: list[float] = []
@@ -253,7 +265,7 @@ def _numbering(task: TaskConfig, rows: Dataset, labels: list[str]) -> Any:
     declared = getattr(rows.features[task.label_column], "names", None)
     numbers = {name: index for index, name in enumerate(labels)}
     if declared is not None and list(declared) != labels:
-        return lambda value: numbers[declared[value] if value >= 0 else HIDDEN]
+        return lambda value: numbers[str(declared[value]) if value >= 0 else ""]
     if declared is not None:
         return dict(enumerate(range(len(labels)))).__getitem__
     return lambda value: numbers[_name(value)]
@@ -270,11 +282,18 @@ def _bad_label(task: TaskConfig, split: str, row: int, value: Any, labels: list[
     return f"{where}: unknown label; the labels are {', '.join(labels[:20])}"
 
 
-def _texts(column: str, split: str, rows: Dataset) -> list[str]:
-    texts = rows[column][:]
+def _text_values(task: TaskConfig, where: str, rows: Dataset) -> dict[str, Any]:
+    columns = {"text": _texts(task.text_column, where, rows)}
+    if task.text_pair_column is not None:
+        columns["text_pair"] = _texts(task.text_pair_column, where, rows)
+    return columns
+
+
+def _texts(column: str, where: str, rows: Dataset) -> list[str]:
+    texts: list[str] = rows[column][:]
     for row, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise ConfigError(f"split {split}, row {row}: {column}={text!r} is not text")
+            raise ConfigError(f"{where}, row {row}: {column}={text!r} is not text")
     return texts
 
 

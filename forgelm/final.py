@@ -1,0 +1,131 @@
+"""What a complete run can be used for: evaluation on its splits, predictions for own rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgelm.config.schema import RunConfig
+from forgelm.config.validate import DATA_SUFFIXES
+from forgelm.errors import ConfigError
+from forgelm.log import quiet_libraries
+from forgelm.run.files import read_json, write_text
+from forgelm.run.lifecycle import is_complete, load_sealed
+from forgelm.run.paths import RunPaths
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+PREDICTION_SUFFIXES = (".jsonl", ".csv")
+
+
+def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
+    """Loss and metrics of a complete run's final model on each evaluation split.
+
+    Raises:
+        ConfigError: the run isn't complete, or its data isn't as it was.
+    """
+    config, metadata = _complete(paths)
+    quiet_libraries()
+    from forgelm.evaluate import evaluate
+    from forgelm.models.load import load_final
+    from forgelm.tasks.prepare import prepare
+    from forgelm.tasks.rows import load_rows
+
+    rows = load_rows(config.task, metadata["revisions"].get("dataset"))
+    if rows.fingerprint != metadata["data_fingerprint"]:
+        raise ConfigError(
+            f"the data of task {config.task.name} changed since {paths.root} was trained; "
+            "restore it, or use `forgelm predict` on the new rows"
+        )
+    final = load_final(paths.root)
+    task = prepare(config.task, rows, final.tokenizer, None, multiple_of=None)
+    with tempfile.TemporaryDirectory() as scratch:
+        return evaluate(
+            final.model,
+            task.eval,
+            task.collator,
+            _arguments(config, Path(scratch)),
+            config.task.metrics,
+            task.regression,
+        )
+
+
+def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
+    """Write each row of `data` with its `prediction` (and `score` by label); returns their number.
+
+    Raises:
+        ConfigError: the run isn't complete, or a row or column isn't what the task reads.
+    """
+    if data.suffix.lower() not in DATA_SUFFIXES:
+        raise ConfigError(f"--data {data}: must end in one of {', '.join(DATA_SUFFIXES)}")
+    config, metadata = _complete(paths)
+    quiet_libraries()
+    from forgelm.evaluate import logits_of, predictions
+    from forgelm.models.load import load_final
+    from forgelm.tasks.encode import Collator, encode_texts
+    from forgelm.tasks.rows import read_file, text_rows
+
+    rows = read_file(data)
+    final = load_final(paths.root)
+    encoded = encode_texts(
+        text_rows(config.task, data, rows), final.tokenizer, config.task.max_length
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = _arguments(config, Path(scratch))
+        logits = logits_of(final.model, encoded, Collator(final.tokenizer), arguments)
+    labels = metadata["labels"]
+    chosen = predictions(logits, regression=labels is None).tolist()
+    if labels is None:
+        made = [{"prediction": score} for score in chosen]
+    else:
+        scores = _softmax(logits).tolist()
+        made = [
+            {"prediction": labels[best], "score": dict(zip(labels, row, strict=True))}
+            for best, row in zip(chosen, scores, strict=True)
+        ]
+    write_text(output, _formatted(rows.to_list(), made, output.suffix.lower()))
+    return len(made)
+
+
+def _complete(paths: RunPaths) -> tuple[RunConfig, dict[str, Any]]:
+    if not is_complete(paths):
+        raise ConfigError(
+            f"{paths.root} isn't complete; go on with it first: forgelm train resume={paths.root}"
+        )
+    return load_sealed(paths.root), read_json(paths.metadata)
+
+
+def _arguments(config: RunConfig, scratch: Path) -> TrainingArguments:
+    from forgelm.modes.arguments import training_arguments
+
+    return training_arguments(config, scratch, best_metric="loss")
+
+
+def _softmax(logits: Any) -> Any:
+    from scipy.special import softmax
+
+    return softmax(logits.astype("float64"), axis=-1)
+
+
+def _formatted(rows: list[dict[str, Any]], made: list[dict[str, Any]], suffix: str) -> str:
+    if suffix == ".jsonl":
+        pairs = zip(rows, made, strict=True)
+        return "".join(json.dumps({**a, **b}, ensure_ascii=False) + "\n" for a, b in pairs)
+    flat = [
+        {
+            **row,
+            "prediction": new["prediction"],
+            **{f"score_{name}": value for name, value in new.get("score", {}).items()},
+        }
+        for row, new in zip(rows, made, strict=True)
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
