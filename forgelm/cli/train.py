@@ -52,7 +52,9 @@ def job(composed: DictConfig) -> int:
 def main(argv: Sequence[str]) -> int:
     """Read Hydra's arguments, refuse a wrong request, run the rest through Hydra."""
     arguments = _parse(argv)
-    sys.argv = [sys.argv[0], *argv]
+    # Hydra's own parser wants its flags before the overrides, or after, but not in between.
+    flags = [word for word in argv if word not in arguments.overrides]
+    sys.argv = [sys.argv[0], *flags, *arguments.overrides]
     if arguments.shell_completion:
         return _complete(arguments.overrides)
     register_schema()
@@ -98,7 +100,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"{message}; `forgelm --help` shows how a command is written")
 
     parser.error = refuse  # type: ignore[method-assign]
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.parse_intermixed_args(list(argv))
     commands = (arguments.run, arguments.multirun, arguments.cfg, arguments.info)
     if sum(bool(item) for item in commands) > 1:
         raise ConfigError("--run, --multirun, --cfg and --info exclude each other: give one")

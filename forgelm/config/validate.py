@@ -41,7 +41,7 @@ def check(config: RunConfig) -> list[str]:
     """Every problem of a typed config, one line each; an empty list when it can be run."""
     values = list(leaves(config))
     problems = [problem for key, value, bounds in values for problem in _value(key, value, bounds)]
-    for rule in (_names, _task_source, _task_metrics, _teacher, _mode, _training, _resume):
+    for rule in (_names, _task_source, _task_metrics, _teacher, _mode, _training):
         problems += rule(config)
     return problems
 
@@ -246,8 +246,3 @@ def _training(config: RunConfig) -> Iterator[str]:
             f"model.tiny.num_attention_heads={tiny.num_attention_heads}: must divide "
             f"model.tiny.hidden_size={tiny.hidden_size}"
         )
-
-
-def _resume(config: RunConfig) -> Iterator[str]:
-    if config.resume is not None and not (Path(config.resume) / "config.yaml").is_file():
-        yield f"resume={config.resume}: no run there; give a run directory (it has a config.yaml)"

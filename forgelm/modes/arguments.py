@@ -14,7 +14,7 @@ from forgelm.config.schema import RunConfig, TrainingConfig
 from forgelm.models.load import bf16_native
 
 # Ours alone: the trainer would tie the best checkpoint to the saving cadence.
-_NOT_PASSED = {"load_best_model_at_end", "bf16"}
+_NOT_PASSED = {"load_best_model_at_end", "bf16", "use_cpu"}
 
 
 def training_arguments(config: RunConfig, root: Path, best_metric: str) -> TrainingArguments:
@@ -24,6 +24,8 @@ def training_arguments(config: RunConfig, root: Path, best_metric: str) -> Train
         output_dir=str(root),
         **_passed(training),
         bf16=use_bf16(training),
+        # The trainer takes bf16 on a processor only when told that there is nothing else.
+        use_cpu=training.use_cpu or not torch.accelerator.is_available(),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.epochs,
         seed=config.seed,

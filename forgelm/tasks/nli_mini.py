@@ -108,7 +108,6 @@ class _Style(NamedTuple):
 
     domains: tuple[_Domain, ...]
     patterns: dict[str, tuple[str, ...]]
-    placings: tuple[str, ...]
 
 
 def _chains(top: str, **families: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
@@ -170,7 +169,6 @@ _TRAIN_STYLE = _Style(
         "fewer than": ("fewer than {number} {many} {did}",),
         "exactly": ("exactly {number} {many} {did}",),
     },
-    placings=("{clause} {place}",),
 )
 
 _MISMATCHED_STYLE = _Style(
@@ -219,7 +217,6 @@ _MISMATCHED_STYLE = _Style(
         "fewer than": ("fewer than {number} {many} {did}",),
         "exactly": ("exactly {number} {many} {did}", "only {number} {many} {did}"),
     },
-    placings=("{clause} {place}", "{clause} {place}", "{place} {clause}"),
 )
 
 _STYLES = {
@@ -351,8 +348,7 @@ def _writer(style: _Style, rng: random.Random) -> Callable[[_Form], str]:
             did=did,
             do=do,
         )
-        placing = rng.choice(style.placings) if form.placed else "{clause}"
-        text = placing.format(clause=clause, place=place)
+        text = f"{clause} {place}" if form.placed else clause
         return text[0].upper() + text[1:] + "."
 
     return write

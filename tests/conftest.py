@@ -1,0 +1,81 @@
+"""What all tests share: caches of their own, no network, and `forgelm` called in this process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Read when the libraries are imported, so set before any of them is.
+_HOME = tempfile.TemporaryDirectory(prefix="forgelm-tests-")
+os.environ.update(
+    HF_HOME=_HOME.name,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    WANDB_SILENT="true",
+    OMP_NUM_THREADS="1",
+)
+for _name in ("HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(_name, None)
+
+TINY = (
+    "model.tiny.hidden_size=16",
+    "model.tiny.intermediate_size=32",
+    "task.max_train_samples=192",
+    "task.max_eval_samples=48",
+    "training.per_device_train_batch_size=16",
+    "training.logging_steps=1",
+    "training.learning_rate=1e-3",
+    "wandb.mode=disabled",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def forgelm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """Call the command in an empty folder; returns its exit code, stdout and stderr."""
+    from forgelm.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> Result:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["forgelm", *words])
+        code = main(list(words))
+        said = capsys.readouterr()
+        return Result(code, said.out, said.err)
+
+    return call
+
+
+@pytest.fixture
+def tiny(forgelm: Command) -> Command:
+    """`forgelm train` of a very small run; the words given come last."""
+
+    def call(*words: str) -> Result:
+        return forgelm("train", *TINY, *words)
+
+    return call
+
+
+def only_run(root: Path) -> Path:
+    """The directory of the only run below an output root."""
+    (found,) = root.glob("*/*/*/*/run_metadata.json")
+    return found.parent
