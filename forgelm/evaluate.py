@@ -1,4 +1,9 @@
-"""A model on a task's splits, by the trainer's own evaluation loop."""
+"""A model on a task's splits.
+
+A loop of our own and not the trainer's: the trainer would wrap the model's forward pass in its
+mixed precision for good, a teacher's too. Here a model computes in the precision of its weights,
+so what is measured is what `from_pretrained` gives.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+import numpy
+import torch
+from torch.utils.data import DataLoader
 
 from forgelm.config.schema import Metric
-from forgelm.modes.sft import FinetuningTrainer
+from forgelm.losses import task_loss
+from forgelm.tasks.encode import Collator
 from forgelm.tasks.metrics import measure
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import EvalPrediction
-
-    from forgelm.tasks.encode import Collator
+    from transformers import EvalPrediction, PreTrainedModel
 
 
 def predictions(logits: Any, regression: bool) -> Any:
@@ -37,37 +42,35 @@ def metrics_function(
 
 
 def logits_of(
-    model: PreTrainedModel, rows: Dataset, collator: Collator, arguments: TrainingArguments
+    model: PreTrainedModel, rows: Dataset, collator: Collator, batch_size: int, device: torch.device
 ) -> Any:
-    """The model's logits for encoded rows, a numpy array [rows, outputs]."""
-    return _evaluator(model, collator, arguments).predict(rows).predictions
+    """The model's logits for encoded rows, a float32 numpy array [rows, outputs]."""
+    model.to(device).eval()
+    loader: DataLoader[Any] = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
+    parts = []
+    with torch.inference_mode():
+        for batch in loader:
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            parts.append(model(**inputs).logits.float().cpu().numpy())
+    return numpy.concatenate(parts)
 
 
 def evaluate(
     model: PreTrainedModel,
     splits: dict[str, Dataset],
     collator: Collator,
-    arguments: TrainingArguments,
+    batch_size: int,
+    device: torch.device,
     metrics: Sequence[Metric],
     regression: bool,
 ) -> dict[str, dict[str, float | None]]:
     """Loss and metrics of each split; what has no value (nan) is None."""
-    trainer = _evaluator(model, collator, arguments)
-    trainer.compute_metrics = metrics_function(metrics, regression)
     results: dict[str, dict[str, float | None]] = {}
     for name, rows in splits.items():
-        measured = trainer.predict(rows, metric_key_prefix=name).metrics
-        wanted = ["loss", *(metric.name for metric in metrics)]
-        values = {key: float(measured[f"{name}_{key}"]) for key in wanted}
+        logits = logits_of(model, rows, collator, batch_size, device)
+        labels = torch.tensor(rows["labels"][:])
+        loss = task_loss(torch.from_numpy(logits), labels).item() / len(labels)
+        scores = measure(metrics, predictions(logits, regression), labels.numpy())
+        values = {"loss": loss, **scores}
         results[name] = {k: v if math.isfinite(v) else None for k, v in values.items()}
     return results
-
-
-def _evaluator(
-    model: PreTrainedModel, collator: Collator, arguments: TrainingArguments
-) -> FinetuningTrainer:
-    trainer = FinetuningTrainer(
-        model=model, args=arguments, data_collator=collator, eval_dataset={}
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forgelm.config.schema import RunConfig
 from forgelm.config.validate import DATA_SUFFIXES
@@ -16,9 +15,6 @@ from forgelm.log import quiet_libraries
 from forgelm.run.files import read_json, write_text
 from forgelm.run.lifecycle import is_complete, load_sealed
 from forgelm.run.paths import RunPaths
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 PREDICTION_SUFFIXES = (".jsonl", ".csv")
 
@@ -32,7 +28,7 @@ def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
     config, metadata = _complete(paths)
     quiet_libraries()
     from forgelm.evaluate import evaluate
-    from forgelm.models.load import load_final
+    from forgelm.models.load import device_for, load_final
     from forgelm.tasks.prepare import prepare
     from forgelm.tasks.rows import load_rows
 
@@ -44,15 +40,15 @@ def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
         )
     final = load_final(paths.root)
     task = prepare(config.task, rows, final.tokenizer, None, multiple_of=None)
-    with tempfile.TemporaryDirectory() as scratch:
-        return evaluate(
-            final.model,
-            task.eval,
-            task.collator,
-            _arguments(config, Path(scratch)),
-            config.task.metrics,
-            task.regression,
-        )
+    return evaluate(
+        final.model,
+        task.eval,
+        task.collator,
+        config.training.per_device_eval_batch_size,
+        device_for(config.training),
+        config.task.metrics,
+        task.regression,
+    )
 
 
 def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
@@ -66,7 +62,7 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
     config, metadata = _complete(paths)
     quiet_libraries()
     from forgelm.evaluate import logits_of, predictions
-    from forgelm.models.load import load_final
+    from forgelm.models.load import device_for, load_final
     from forgelm.tasks.encode import Collator, encode_texts
     from forgelm.tasks.rows import read_file, text_rows
 
@@ -75,9 +71,13 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
     encoded = encode_texts(
         text_rows(config.task, data, rows), final.tokenizer, config.task.max_length
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(config, Path(scratch))
-        logits = logits_of(final.model, encoded, Collator(final.tokenizer), arguments)
+    logits = logits_of(
+        final.model,
+        encoded,
+        Collator(final.tokenizer),
+        config.training.per_device_eval_batch_size,
+        device_for(config.training),
+    )
     labels = metadata["labels"]
     chosen = predictions(logits, regression=labels is None).tolist()
     if labels is None:
@@ -98,12 +98,6 @@ def _complete(paths: RunPaths) -> tuple[RunConfig, dict[str, Any]]:
             f"{paths.root} isn't complete; go on with it first: forgelm train resume={paths.root}"
         )
     return load_sealed(paths.root), read_json(paths.metadata)
-
-
-def _arguments(config: RunConfig, scratch: Path) -> TrainingArguments:
-    from forgelm.modes.arguments import training_arguments
-
-    return training_arguments(config, scratch, best_metric="loss")
 
 
 def _softmax(logits: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgelm.config.schema import KdConfig, RunConfig, TeacherKind
+from forgelm.config.schema import KdConfig, Problem, RunConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunError, RunInUse
 from forgelm.log import log, quiet_libraries, say, set_up, to_file
@@ -23,10 +23,13 @@ from forgelm.run.paths import RunPaths, checkpoint_step
 from forgelm.run.state import Stage, Status
 
 if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
     from transformers import PreTrainedModel, TrainingArguments
 
     from forgelm.modes.sft import FinetuningTrainer
     from forgelm.run.tracking import Tracker
+    from forgelm.tasks.encode import Collator
     from forgelm.tasks.prepare import TaskData
 
 _WAIT_S = 2.0
@@ -123,11 +126,11 @@ def pipeline(run: Run) -> None:
     try:
         task = prepare_task(run)
         models = load_models(run, task)
-        trainer, arguments = build_trainer(run, task, models)
-        say(opening_screen(run, task, models, arguments))
-        before = evaluate_before(run, task, models, arguments)
+        trainer = build_trainer(run, task, models)
+        say(opening_screen(run, task, models, trainer.args))
+        before = evaluate_before(run, task, models, trainer.args.device)
         train(run, task, trainer, tracker, before)
-        results = finalize(run, task, trainer, arguments, tracker, before)
+        results = finalize(run, task, trainer, tracker, before)
         say(closing(run.config, run.paths.root, results, duration(time.monotonic() - began)))
         code = 0
     finally:
@@ -201,9 +204,7 @@ def load_models(run: Run, task: TaskData) -> Models:
     return Models(student, load_teacher(config.teacher, revisions.get("teacher"), labels, dtype))
 
 
-def build_trainer(
-    run: Run, task: TaskData, models: Models
-) -> tuple[FinetuningTrainer, TrainingArguments]:
+def build_trainer(run: Run, task: TaskData, models: Models) -> FinetuningTrainer:
     """The mode's trainer. Callbacks join it when training begins."""
     from transformers.trainer_callback import PrinterCallback
 
@@ -231,7 +232,7 @@ def build_trainer(
     else:
         trainer = FinetuningTrainer(**parts)
     trainer.remove_callback(PrinterCallback)
-    return trainer, arguments
+    return trainer
 
 
 def opening_screen(run: Run, task: TaskData, models: Models, arguments: TrainingArguments) -> str:
@@ -252,26 +253,44 @@ def opening_screen(run: Run, task: TaskData, models: Models, arguments: Training
 
 
 def evaluate_before(
-    run: Run, task: TaskData, models: Models, arguments: TrainingArguments
+    run: Run, task: TaskData, models: Models, device: torch.device
 ) -> dict[str, Any] | None:
     """The student as it starts, and the teacher; what an earlier start measured is kept."""
-    from forgelm.evaluate import evaluate
-
-    config = run.config
     if run.paths.eval.is_file():
         known: dict[str, Any] | None = read_json(run.paths.eval)["before"]
         return known
-    if not config.eval.before_training:
+    if not run.config.eval.before_training:
         return None
     run.update(stage=Stage.evaluation_before)
-    measured = (config.task.metrics, task.regression)
-    before = {"student": evaluate(models.student, task.eval, task.collator, arguments, *measured)}
+    before = {"student": measured(run, models.student, task.eval, task.collator, device)}
     if models.teacher is not None:
-        before["teacher"] = evaluate(
-            models.teacher, task.teacher_eval, task.teacher_collator, arguments, *measured
+        before["teacher"] = measured(
+            run, models.teacher, task.teacher_eval, task.teacher_collator, device
         )
-    write_json(run.paths.eval, evaluations(config, before, None, None))
+    write_json(run.paths.eval, evaluations(run.config, before, None, None))
     return before
+
+
+def measured(
+    run: Run,
+    model: PreTrainedModel,
+    splits: dict[str, Dataset],
+    collator: Collator,
+    device: torch.device,
+) -> dict[str, dict[str, float | None]]:
+    """A model on the run's evaluation splits."""
+    from forgelm.evaluate import evaluate
+
+    task, training = run.config.task, run.config.training
+    return evaluate(
+        model,
+        splits,
+        collator,
+        training.per_device_eval_batch_size,
+        device,
+        task.metrics,
+        regression=task.problem is Problem.regression,
+    )
 
 
 def evaluations(config: RunConfig, before: Any, after: Any, peaks: Any) -> dict[str, Any]:
@@ -351,14 +370,12 @@ def finalize(
     run: Run,
     task: TaskData,
     trainer: FinetuningTrainer,
-    arguments: TrainingArguments,
     tracker: Tracker,
     before: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Evaluate, and leave model, tokenizer, card and results; only then is the run complete."""
     from forgelm.callbacks import peaks
     from forgelm.card import model_card
-    from forgelm.evaluate import evaluate
 
     config = run.config
     if config.training.load_best_model_at_end and trainer.state.best_model_checkpoint:
@@ -366,11 +383,8 @@ def finalize(
         say(f"the best weights are those of step {trainer.state.best_global_step}")
     model = trainer.model
     save_final(run, model, task)
-    after = {
-        "student": evaluate(
-            model, task.eval, task.collator, arguments, config.task.metrics, task.regression
-        )
-    }
+    device = trainer.args.device
+    after = {"student": measured(run, model, task.eval, task.collator, device)}
     results = evaluations(config, before, after, peaks(run.paths.metrics, config.task))
     write_json(run.paths.eval, results)
     write_text(run.paths.root / "README.md", model_card(run, task, results))

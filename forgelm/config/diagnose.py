@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
@@ -227,6 +228,11 @@ def said(error: BaseException) -> str:
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     if not lines:
         return type(root).__name__
+    lacking = re.search(r"Could not find '(\S+)/([^/\s]+)'", lines[0])
+    if lacking and len(lines) > 1 and lines[1].startswith("Available options"):
+        group, choice = lacking.groups()
+        choices = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
+        return f"{group}={choice}: no such {group}; one of {', '.join(choices)}"
     where = re.match(r"In '[^']+'", lines[0])
     message = lines[1] if where and len(lines) > 1 else lines[0]
     stated = next((line for line in lines if line.startswith("full_key:")), "")

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgelm.config.schema import ModelConfig, TeacherConfig, TeacherDtype, TinyConfig
+from forgelm.config.schema import (
+    ModelConfig,
+    TeacherConfig,
+    TeacherDtype,
+    TinyConfig,
+    TrainingConfig,
+)
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
 
@@ -122,6 +128,14 @@ def teacher_dtype(config: TeacherConfig) -> torch.dtype:
         return torch.bfloat16 if bf16_native() else torch.float32
     dtype: torch.dtype = getattr(torch, config.dtype.name)
     return dtype
+
+
+def device_for(training: TrainingConfig) -> torch.device:
+    """Where a model runs outside the trainer: the accelerator, if it may be used."""
+    import torch
+
+    accelerator = None if training.use_cpu else torch.accelerator.current_accelerator(True)
+    return accelerator or torch.device("cpu")
 
 
 def bf16_native() -> bool:
