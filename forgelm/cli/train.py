@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -59,13 +61,40 @@ def main(argv: Sequence[str]) -> int:
         return _complete(arguments.overrides)
     register_schema()
     if not (arguments.help or arguments.hydra_help or arguments.info is not None):
-        check_request(_request(arguments))
+        points = check_request(_request(arguments))
+        if arguments.cfg:
+            return _show(arguments, points[0].composed)
     _codes.clear()
     try:
         job()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_OK
     return worst(_codes)
+
+
+class _Composed(ConfigLoaderImpl):
+    """Gives Hydra the config that the check composed, so that it isn't composed twice."""
+
+    def __init__(self, composed: DictConfig) -> None:
+        self.composed = composed
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        return self.composed
+
+
+def _show(arguments: argparse.Namespace, composed: DictConfig) -> int:
+    """What --cfg prints."""
+    try:
+        Hydra("forgelm", _Composed(composed)).show_cfg(
+            arguments.config_name,
+            arguments.overrides,
+            arguments.cfg,
+            arguments.package,
+            arguments.resolve,
+        )
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_OK
+    return EXIT_OK
 
 
 def _request(arguments: argparse.Namespace) -> Request:

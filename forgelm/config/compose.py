@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +31,7 @@ def conf_dir() -> Path:
     return checkout if (checkout / "config.yaml").is_file() else package / "conf"
 
 
+@cache
 def register_schema() -> None:
     """Make the dataclasses known to Hydra, under names that no group offers as a choice."""
     store = ConfigStore.instance()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,8 +19,16 @@ from forgelm.config.validate import check, uses_teacher
 from forgelm.errors import ConfigError
 
 
-def check_request(request: Request) -> list[RunConfig]:
-    """The checked config of every run asked for.
+@dataclass(frozen=True)
+class Point:
+    """One run of a request: its config as Hydra composed it, and typed."""
+
+    composed: DictConfig
+    config: RunConfig
+
+
+def check_request(request: Request) -> list[Point]:
+    """Every run asked for, its config checked.
 
     Raises:
         ConfigError: with all problems of all points.
@@ -31,14 +39,14 @@ def check_request(request: Request) -> list[RunConfig]:
         raise ConfigError(findings.problems)
     parsed = _parse(request.overrides, findings)
     kept = [item for item in parsed if allowed(item, request, findings)]
-    configs = [
-        config
-        for point in _points(kept, request, findings)
-        if (config := _check_point(point, request, findings)) is not None
+    points = [
+        point
+        for overrides in _points(kept, request, findings)
+        if (point := _check_point(overrides, request, findings)) is not None
     ]
     if findings.problems:
         raise ConfigError(findings.problems)
-    return configs
+    return points
 
 
 def teacher_run(config: RunConfig, compose: Callable[[list[str]], DictConfig]) -> RunConfig | None:
@@ -98,7 +106,7 @@ def _points(kept: list[Override], request: Request, findings: Findings) -> list[
     return [hydra + list(point) for batch in batches for point in batch]
 
 
-def _check_point(overrides: list[str], request: Request, findings: Findings) -> RunConfig | None:
+def _check_point(overrides: list[str], request: Request, findings: Findings) -> Point | None:
     try:
         composed = request.compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
@@ -119,4 +127,4 @@ def _check_point(overrides: list[str], request: Request, findings: Findings) -> 
             problems = error.problems
     for problem in problems:
         findings.add(problem)
-    return None if problems else config
+    return None if problems else Point(composed, config)
