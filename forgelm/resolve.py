@@ -37,6 +37,7 @@ def resolve(
     Raises:
         ConfigError: a run that was named can't be used so.
     """
+    config = replace(config, output_root=str(Path(config.output_root).expanduser()))
     if config.resume is not None:
         return _gone_on_with(config, overrides)
     teacher = _teacher(config, overrides, teacher_run)
@@ -132,7 +133,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         task=task,
         model=replace(config.model, path=_if_there(config.model.path)),
         teacher=replace(config.teacher, path=_if_there(config.teacher.path)),
-        output_root=str(Path(config.output_root).expanduser().resolve()),
+        output_root=str(Path(config.output_root).resolve()),
     )
 
 

@@ -2,8 +2,9 @@
 
 Usage: python scripts/make_tiny_tokenizer.py [OUTPUT]
 
-The vocabulary is the special tokens, printable ASCII, and pieces of the words of the `train` split
-of `nli_mini`. Equal inputs give equal bytes.
+The vocabulary is the special tokens, printable ASCII, and the words of the `train` split of
+`nli_mini`: a word not among them is spelled. Each run gives the same bytes, which the trainer of
+`tokenizers` does not.
 """
 
 import string
@@ -18,7 +19,6 @@ from forgelm.tasks.nli_mini import generate
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 OUTPUT = Path(__file__).parents[1] / "forgelm" / "models" / "tiny" / "tokenizer.json"
-MAX_LENGTH = 128
 
 
 def vocabulary(text: str) -> list[str]:

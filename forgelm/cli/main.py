@@ -68,11 +68,7 @@ def main(argv: Sequence[str]) -> int:
         print("forgelm: stopped by Ctrl-C", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if "debug=true" in argv or "--debug" in argv:
-            raise
-        text = " ".join(str(error).split())[:500]
-        print(f"forgelm: {type(error).__name__}: {text}; debug=true shows where", file=sys.stderr)
-        return EXIT_TRAINING_ERROR
+        return crash(error, debug="debug=true" in argv or "--debug" in argv)
 
 
 def complain(error: ForgeError) -> int:
@@ -80,6 +76,17 @@ def complain(error: ForgeError) -> int:
     for line in str(error).splitlines():
         print(f"forgelm: {line}", file=sys.stderr)
     return error.exit_code
+
+
+def crash(error: Exception, debug: bool) -> int:
+    """Say an error that nobody foresaw (a full disk, a bug) in one line; returns the exit code."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    text = " ".join(str(error).split())[:500]
+    print(f"forgelm: {type(error).__name__}: {text}; debug=true shows where", file=sys.stderr)
+    return EXIT_TRAINING_ERROR
 
 
 def _for_hydra(word: str) -> bool:

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from forgelm.cli.main import complain
+from forgelm.cli.main import complain, crash
 from forgelm.config.compose import (
     CONFIG_NAME,
     VERSION_BASE,
@@ -47,6 +47,8 @@ def job(composed: DictConfig) -> int:
         )
     except ForgeError as error:
         code = complain(error)
+    except Exception as error:
+        code = crash(error, config.debug)
     _codes.append(code)
     return code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -96,6 +97,13 @@ def _names(config: RunConfig) -> Iterator[str]:
             )
     if not config.output_root.strip():
         yield "output_root='': must be a folder, as in output_root=outputs"
+        return
+    root = Path(config.output_root).expanduser().absolute()
+    there = next(path for path in (root, *root.parents) if path.exists())
+    if not there.is_dir():
+        yield f"output_root={config.output_root}: {there} is a file; give a folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"output_root={config.output_root}: {there} isn't writable; give another folder"
 
 
 def _task_source(config: RunConfig) -> Iterator[str]:

@@ -210,6 +210,7 @@ def _tiny(tiny: TinyConfig, vocabulary: int, head: dict[str, Any]) -> Any:
         intermediate_size=tiny.intermediate_size,
         hidden_dropout_prob=tiny.dropout,
         attention_probs_dropout_prob=tiny.dropout,
+        initializer_range=tiny.initializer_range,
         max_position_embeddings=_TINY_POSITIONS,
         **head,
     )

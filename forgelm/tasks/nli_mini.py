@@ -1,30 +1,33 @@
 """A small natural-language-inference task in MNLI's format, made by a deterministic generator.
 
-Every sentence says how many members of a class did something: ``Not every black dog ran in the
-park.`` Its meaning is a set of bounds on one of two counts, where *R* is the class (``black dog``)
-and *V* the action (``ran in the park``): how many *R* did *V*, and how many *R* did not.
+A sentence, such as ``Not every black dog ran in the garden.``, bounds one of two counts: how many
+members of a class *R* (``black dog``) did *V* (``ran in the garden``), or how many did not.
 
-========================  ==========================================
-wording                   meaning
-========================  ==========================================
-some, at least one        at least 1 *R* did *V*
-no, not one, none of      at most 0 *R* did *V*
-every, each, all          at most 0 *R* did not *V*
-not every, not all,       at least 1 *R* did not *V*
-some ... did not
-at least/more than/fewer  the bound, or both bounds, named, on the
-than/exactly N            number of *R* that did *V*
-========================  ==========================================
+=========================================  ==================================
+wording                                    meaning
+=========================================  ==================================
+some, at least one                         at least 1 *R* did
+no, not one                                at most 0 *R* did
+every, each, all                           at most 0 *R* did not
+not every, not all,                        at least 1 *R* did not
+some / at least one ... did not
+at least N, more than N, fewer than N      the bound named, on the *R* that did
+exactly N, only N                          at least N and at most N *R* did
+=========================================  ==================================
 
-A premise and a hypothesis are compared over all worlds in which (1) a narrower noun is always a
-case of the wider one (a poodle is a dog, a dog is an animal), (2) a qualified noun is always a case
-of the bare one, likewise for an action with a place or time, and (3) each class that either
-sentence names has at least one member. By (3), existential import, ``Every dog ran.`` entails
-``Some dogs ran.`` and contradicts ``No poodles ran.``. The label is "entailment" if the hypothesis
-holds in every such world in which the premise holds, "contradiction" if in none, else "neutral".
+A premise and a hypothesis are compared over all worlds in which
 
-Pairs come in blocks of four premises and four hypotheses, in which each sentence is paired once
-under every label. So no property of one sentence alone says anything about the label.
+1. a member of a narrower class is one of the wider (a poodle is a dog, a dog is an animal, a black
+   dog is a dog), and who did something somewhere did it;
+2. each class that either sentence names has a member (existential import), so that ``Every dog
+   ran.`` entails ``Some poodles ran.``.
+
+The label is "entailment" if the hypothesis holds in every such world in which the premise holds,
+"contradiction" if in none of them, else "neutral".
+
+Pairs are made in blocks of four premises and four hypotheses in which each sentence is in one pair
+of every label, so nothing in one sentence alone tells the label. The mismatched split has nouns,
+qualifiers, verbs, places and wordings of the quantifiers that training has not.
 """
 
 import random
@@ -41,19 +44,13 @@ ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 _BLOCKS = {"train": 1000, "validation_matched": 125, "validation_mismatched": 125}
 _NUMBERS = ("two", "three", "four", "five", "six")
 _FORM_BLOCKS = 320
+# In so many blocks, a neutral pair has the quantities of a pair with another label, so that the
+# quantifiers do not give the label away.
 _SAME_QUANTITIES = 0.75
 _PLURALS = {"person": "people"}
-_QUANTIFIERS = (
-    "some",
-    "no",
-    "every",
-    "not every",
-    "at least",
-    "more than",
-    "fewer than",
-    "exactly",
-)
+_QUANTIFIERS = ("some", "no", "every", "not every")
 _NUMBERED = ("at least", "more than", "fewer than", "exactly")
+_QUANTITIES = (*((q, 0) for q in _QUANTIFIERS), *((q, n) for q in _NUMBERED for n in (0, 1)))
 
 
 class Pair(NamedTuple):
@@ -68,15 +65,15 @@ class _Claim(NamedTuple):
     """A bound on the number of members of a class that did an action, or that did not."""
 
     at_least: bool
-    count: int
+    bound: int
+    negated: bool
     wide: bool
     qualified: bool
     placed: bool
-    negated: bool
 
 
 class _Form(NamedTuple):
-    """A sentence without its words: of two nouns, a qualifier and a place, those it uses."""
+    """A sentence without its words: its quantity, and which words of its block it uses."""
 
     quantifier: str
     number: int
@@ -209,9 +206,13 @@ _MISMATCHED_STYLE = _Style(
     ),
     patterns={
         "some": ("some {many} {did}", "at least one {one} {did}"),
-        "no": ("not one {one} {did}", "no {many} {did}"),
-        "every": ("each {one} {did}", "all {many} {did}"),
-        "not every": ("at least one {one} did not {do}", "not every {one} {did}"),
+        "no": ("not one {one} {did}", "no {one} {did}", "no {many} {did}"),
+        "every": ("each {one} {did}", "every {one} {did}", "all {many} {did}"),
+        "not every": (
+            "at least one {one} did not {do}",
+            "not every {one} {did}",
+            "not all {many} {did}",
+        ),
         "at least": ("at least {number} {many} {did}",),
         "more than": ("more than {number} {many} {did}",),
         "fewer than": ("fewer than {number} {many} {did}",),
@@ -296,7 +297,7 @@ def _signature(rng: random.Random) -> _Signature:
 
 
 def _quantity(rng: random.Random) -> _Quantity:
-    quantifier = rng.choice(_QUANTIFIERS)
+    quantifier = rng.choice(_QUANTIFIERS + _NUMBERED)
     return quantifier, rng.randrange(2) if quantifier in _NUMBERED else 0
 
 
@@ -304,10 +305,9 @@ def _quantity(rng: random.Random) -> _Quantity:
 def _answers(quantity: _Quantity, label: int) -> frozenset[_Quantity]:
     """Return the quantities of hypotheses that can have this label with such a premise."""
     return frozenset(
-        (hypothesis.quantifier, hypothesis.number)
-        for quantifier in _QUANTIFIERS
-        for number in ((0, 1) if quantifier in _NUMBERED else (0,))
-        for premise, hypothesis in product(_forms(quantity), _forms((quantifier, number)))
+        other
+        for other in _QUANTITIES
+        for premise, hypothesis in product(_forms(quantity), _forms(other))
         if premise != hypothesis and _relate(premise, hypothesis) == label
     )
 
@@ -373,38 +373,28 @@ def _relate(premise: _Form, hypothesis: _Form) -> int:
 
 
 def _claims(form: _Form) -> list[_Claim]:
-    # Of the two numbers in a block only their order matters, as both exceed one.
-    number = 2 + form.number
-
-    def claim(at_least: bool, count: int, negated: bool = False) -> _Claim:
-        return _Claim(at_least, count, form.wide, form.qualified, form.placed, negated)
-
-    match form.quantifier:
-        case "some":
-            return [claim(True, 1)]
-        case "no":
-            return [claim(False, 0)]
-        case "every":
-            return [claim(False, 0, negated=True)]
-        case "not every":
-            return [claim(True, 1, negated=True)]
-        case "at least":
-            return [claim(True, number)]
-        case "more than":
-            return [claim(True, number + 1)]
-        case "fewer than":
-            return [claim(False, number - 1)]
-        case _:
-            return [claim(True, number), claim(False, number)]
+    # The two numbers of a block are n and n + 1 with n > 1, and all such n give equal relations.
+    n = 2 + form.number
+    bounds = {
+        "some": [(True, 1, False)],
+        "no": [(False, 0, False)],
+        "every": [(False, 0, True)],
+        "not every": [(True, 1, True)],
+        "at least": [(True, n, False)],
+        "more than": [(True, n + 1, False)],
+        "fewer than": [(False, n - 1, False)],
+        "exactly": [(True, n, False), (False, n, False)],
+    }[form.quantifier]
+    return [_Claim(*bound, form.wide, form.qualified, form.placed) for bound in bounds]
 
 
 def _imports(claims: list[_Claim], named: tuple[_Form, ...]) -> list[_Claim]:
     """Return what `claims` imply of the named classes because none of these is empty."""
     return [
-        _Claim(True, 1, form.wide, form.qualified, claim.placed, not claim.negated)
+        _Claim(True, 1, not claim.negated, form.wide, form.qualified, claim.placed)
         for claim in claims
         for form in named
-        if claim.count == 0 and form.wide <= claim.wide and form.qualified >= claim.qualified
+        if claim.bound == 0 and form.wide <= claim.wide and form.qualified >= claim.qualified
     ]
 
 
@@ -419,12 +409,12 @@ def _implies(known: _Claim, asked: _Claim) -> bool:
     if known.at_least != asked.at_least:
         return False
     if known.at_least:
-        return _within(known, asked) and known.count >= asked.count
-    return _within(asked, known) and known.count <= asked.count
+        return _within(known, asked) and known.bound >= asked.bound
+    return _within(asked, known) and known.bound <= asked.bound
 
 
 def _excludes(one: _Claim, other: _Claim) -> bool:
     lower, upper = (one, other) if one.at_least else (other, one)
     if not lower.at_least or upper.at_least:
         return False
-    return _within(lower, upper) and lower.count > upper.count
+    return _within(lower, upper) and lower.bound > upper.bound

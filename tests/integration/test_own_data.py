@@ -111,11 +111,18 @@ def softmax(outputs: np.ndarray) -> np.ndarray:
     return made
 
 
+def labels_of(run: Path) -> list[str]:
+    """The final model's label names in the order of its outputs."""
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(run).id2label
+    return [names[number] for number in range(len(names))]
+
+
 def assert_measured(run: Path, outputs: np.ndarray, names: Sequence[str]) -> None:
     """`eval.json` holds the loss and accuracy of these outputs for rows with these labels."""
-    known = read_json(run / "config.json")["id2label"]
-    numbers = {name: int(number) for number, name in known.items()}
-    labels = np.array([numbers[name] for name in names])
+    known = labels_of(run)
+    labels = np.array([known.index(name) for name in names])
     measured = read_json(run / "eval.json")["after"]["student"]["validation"]
     likely = np.log(softmax(outputs))[np.arange(len(labels)), labels]
     assert measured["loss"] == pytest.approx(-likely.mean(), rel=1e-4)
@@ -142,7 +149,7 @@ def test_text_and_labels_are_taken_as_they_stand(
     assert done.code == 0, done.err
     run = only_run(tmp_path / "outputs")
     assert "train 12, validation 12; 3 labels" in done.out
-    assert read_json(run / "config.json")["id2label"] == {"0": "NA", "1": "null", "2": "yes"}
+    assert labels_of(run) == ["NA", "null", "yes"]
     assert_measured(run, logits(run, TEXTS[::-1]), NAMES)
 
 
@@ -183,7 +190,7 @@ def test_labels_have_the_order_of_their_numbers(
     done = forgelm(*request_of(base, "train.csv", "check.parquet", *words))
     assert done.code == 0, done.err
     run = only_run(tmp_path / "outputs")
-    assert list(read_json(run / "config.json")["id2label"].values()) == labels
+    assert labels_of(run) == labels
     assert read_json(run / "run_metadata.json")["labels"] == labels
     assert_measured(run, logits(run, TEXTS), [str(value) for value in values])
 
@@ -416,19 +423,22 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from forgelm.cli.main import main
 
     folder = tmp_path_factory.mktemp("trained")
-    texts = [f"the {animal} sleeps in the {place} ." for animal, place in PLACES]
     names = [animal for animal, _ in PLACES]
-    for name in ("train.csv", "check.csv"):
-        write(folder / name, {"text": texts, "label": names})
+    write(folder / "train.csv", {"text": SENTENCES, "label": names})
+    write(folder / "check.csv", {"text": SENTENCES, "label": DISPUTED})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["forgelm"])
-        words = ("max_steps=12", "training.learning_rate=1e-2", "run_name=mine")
-        assert main(request_of(base, "train.csv", "check.csv", *words)) == 0
+        words = ("max_steps=16", "training.learning_rate=1e-2", "run_name=mine")
+        metrics = f"task.metrics=[{','.join(METRICS)}]"
+        assert main(request_of(base, "train.csv", "check.csv", *words, metrics)) == 0
     return only_run(folder / "outputs")
 
 
 PLACES = [(animal, place) for animal in ("cat", "dog") for place in ("barn", "field", "yard")]
+SENTENCES = [f"the {animal} sleeps in the {place} ." for animal, place in PLACES]
+DISPUTED = ["dog", "dog", "cat", "dog", "dog", "cat"]
+METRICS = ["accuracy", "f1", "f1_macro", "matthews_correlation"]
 OWN_TEXTS = ["the dog eats .", "the cat eats .", "NA", "", "a dog ,\nin the field ."]
 OWN: Columns = {
     "id": ["007", "NA", "x", "a,b", "end"],
@@ -534,6 +544,26 @@ def test_a_wrong_prediction_is_refused(
     assert (tmp_path / "own.csv").read_bytes() == before
 
 
+def test_metrics_are_what_textbooks_say(trained: Path) -> None:
+    chosen = logits(trained, SENTENCES).argmax(-1)
+    labels = np.array([["cat", "dog"].index(name) for name in DISPUTED])
+    tn, fn, fp, tp = (
+        float(np.sum((chosen == ours) & (labels == theirs)))
+        for ours, theirs in ((0, 0), (0, 1), (1, 0), (1, 1))
+    )
+    f1 = {"dog": 2 * tp / (2 * tp + fp + fn), "cat": 2 * tn / (2 * tn + fp + fn)}
+    below = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    results = read_json(trained / "eval.json")
+    measured = results["after"]["student"]["validation"]
+    assert results["metric"] == "accuracy"
+    assert list(measured) == ["loss", *METRICS]
+    assert measured["accuracy"] == pytest.approx((tp + tn) / len(labels))
+    assert measured["f1"] == pytest.approx(f1["dog"])
+    assert measured["f1_macro"] == pytest.approx(sum(f1.values()) / 2)
+    wanted = (tp * tn - fp * fn) / below if below else 0.0
+    assert measured["matthews_correlation"] == pytest.approx(wanted)
+
+
 def test_evaluate_measures_what_eval_json_says(
     forgelm: Command, trained: Path, tmp_path: Path
 ) -> None:
@@ -542,9 +572,9 @@ def test_evaluate_measures_what_eval_json_says(
     as_text = forgelm("evaluate", "mine", "--output-root", str(root))
     assert as_text.code == 0, as_text.err
     header, row = as_text.out.splitlines()
-    assert header.split() == ["split", "loss", "accuracy"]
+    assert header.split() == ["split", "loss", *METRICS]
     values = known["validation"]
-    assert row.split() == ["validation", f"{values['loss']:.4f}", f"{values['accuracy']:.4f}"]
+    assert row.split() == ["validation", *(f"{value:.4f}" for value in values.values())]
     words = ("evaluate", str(trained), "--output-format", "json", "--output", "made.json")
     as_json = json.loads(forgelm(*words).out)
     assert as_json["success"] is True
