@@ -67,6 +67,8 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
     from forgelm.tasks.rows import read_file, text_rows
 
     rows = read_file(data)
+    labels = metadata["labels"]
+    _refuse_taken(data, rows.column_names, labels, output.suffix.lower())
     final = load_final(paths.root)
     encoded = encode_texts(
         text_rows(config.task, data, rows), final.tokenizer, config.task.max_length
@@ -78,7 +80,6 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
         config.training.per_device_eval_batch_size,
         device_for(config.training),
     )
-    labels = metadata["labels"]
     chosen = predictions(logits, regression=labels is None).tolist()
     if labels is None:
         made = [{"prediction": score} for score in chosen]
@@ -100,6 +101,14 @@ def _complete(paths: RunPaths) -> tuple[RunConfig, dict[str, Any]]:
     return load_sealed(paths.root), read_json(paths.metadata)
 
 
+def _refuse_taken(data: Path, columns: list[str], labels: list[str] | None, suffix: str) -> None:
+    """Own columns are kept, so none may have the name of a new one."""
+    scores = [f"score_{name}" for name in labels or []] if suffix == ".csv" else ["score"]
+    taken = [name for name in ("prediction", *scores) if name in columns]
+    if taken:
+        raise ConfigError(f"--data {data}: has a column {taken[0]} already; rename it")
+
+
 def _softmax(logits: Any) -> Any:
     from scipy.special import softmax
 
@@ -109,7 +118,8 @@ def _softmax(logits: Any) -> Any:
 def _formatted(rows: list[dict[str, Any]], made: list[dict[str, Any]], suffix: str) -> str:
     if suffix == ".jsonl":
         pairs = zip(rows, made, strict=True)
-        return "".join(json.dumps({**a, **b}, ensure_ascii=False) + "\n" for a, b in pairs)
+        lines = (json.dumps({**a, **b}, ensure_ascii=False, default=str) for a, b in pairs)
+        return "".join(line + "\n" for line in lines)
     flat = [
         {
             **row,

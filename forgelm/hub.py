@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from forgelm.errors import RunError
+from forgelm.run.files import write_text
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -31,9 +32,9 @@ def pin(repo_id: str, revision: str, kind: str) -> str | None:
         return revision
     from huggingface_hub import HfApi, constants
 
+    folder = f"{kind}s--{repo_id.replace('/', '--')}"
+    record = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
     if constants.HF_HUB_OFFLINE:
-        folder = f"{kind}s--{repo_id.replace('/', '--')}"
-        record = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
         if record.is_file():
             return record.read_text().strip()
         raise RunError(
@@ -41,7 +42,10 @@ def pin(repo_id: str, revision: str, kind: str) -> str | None:
             "HF_HUB_OFFLINE is set; fetch it on a machine with internet first"
         )
     with explained(f"{kind} {repo_id}@{revision}"):
-        return str(HfApi().repo_info(repo_id, revision=revision, repo_type=kind).sha)
+        commit = str(HfApi().repo_info(repo_id, revision=revision, repo_type=kind).sha)
+    # Loading by commit leaves no such record, and offline the name is all there is to go by.
+    write_text(record, commit)
+    return commit
 
 
 @contextmanager

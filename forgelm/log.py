@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from forgelm.redact import redact
+
 log = logging.getLogger("forgelm")
 
 _LIBRARIES = ("transformers", "datasets", "huggingface_hub")
 _CLEAR_LINE = "\r\x1b[K"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Console(logging.StreamHandler[IO[str]]):
@@ -42,6 +46,13 @@ class _Console(logging.StreamHandler[IO[str]]):
             self.flush()
         except BrokenPipeError:
             pass
+
+
+class _Plain(logging.Formatter):
+    """Without the colours that libraries put into their messages, and without tokens."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(_COLOUR.sub("", super().format(record)))
 
 
 def say(text: str, *, live: bool = False) -> None:
@@ -82,9 +93,7 @@ def quiet_libraries() -> None:
 def to_file(path: Path) -> Iterator[None]:
     """Append everything said, warnings and library messages included, to `path`."""
     handler = logging.FileHandler(path, mode="a", encoding="utf-8")
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
-    )
+    handler.setFormatter(_Plain("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:

@@ -47,8 +47,6 @@ def start(
     if is_complete(plan.paths) and not plan.extends:
         say(f"{plan.paths.root} is complete; its results are in eval.json")
         return EXIT_OK
-    if plan.extends:
-        extend(plan.paths, plan.config)
     if plan.config.teacher.kind is TeacherKind.run:
         _make_sure_of_teacher(RunPaths(Path(str(plan.config.teacher.run))))
     _run(plan)
@@ -82,7 +80,9 @@ def _run(plan: Plan) -> None:
             end_session(run, Status.preempted, "Ctrl-C")
             raise
         except ForgeError as error:
-            end_session(run, Status.failed, str(error))
+            # A complete run that can't be gone further with is as complete as before.
+            status = Status.complete if run.state.pipeline_complete else Status.failed
+            end_session(run, status, str(error))
             _to_log_alone(run)
             raise
         except Exception as error:
@@ -125,6 +125,7 @@ def pipeline(run: Run) -> None:
     code = 1
     try:
         task = prepare_task(run)
+        extend(run)
         models = load_models(run, task)
         trainer = build_trainer(run, task, models)
         say(opening_screen(run, task, models, trainer.args))

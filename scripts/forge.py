@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from forgelm.cli.arguments import Parser
 from forgelm.cli.main import complain
 from forgelm.cli.main import main as forgelm
-from forgelm.config.compose import conf_dir
+from forgelm.config.compose import CONFIG_NAME, conf_dir
 from forgelm.errors import ConfigError, ForgeError
 
 
@@ -45,9 +45,11 @@ def translated(given: argparse.Namespace) -> list[str]:
         words += from_file(Path(given.config).resolve())
     else:
         words.append(f"experiment={given.config}")
-    for key in ("max_steps", "epochs", "run_name"):
+    for key in ("max_steps", "epochs"):
         if getattr(given, key) is not None:
-            words.append(f"{key}={quoted(getattr(given, key))}")
+            words.append(f"{key}={getattr(given, key)}")
+    if given.run_name is not None:
+        words.append(f"run_name={quoted(given.run_name)}")
     return [*words, "debug=true"] if given.debug else words
 
 
@@ -65,23 +67,38 @@ def from_file(path: Path) -> list[str]:
     shipped = conf_dir() / "experiment"
     if path.is_relative_to(shipped):
         return [f"experiment={path.relative_to(shipped).with_suffix('')}"]
-    try:
-        defaults = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not a YAML mapping: {str(error)[:200]}") from error
+    if path.parent == conf_dir() and path.stem == CONFIG_NAME:
+        return []
+    if path.suffix != ".yaml" or path.stem == CONFIG_NAME:
+        raise ConfigError(
+            f"--config {path}: Hydra reads NAME.yaml, and config.yaml is taken; rename it"
+        )
     name = path.stem
-    if "config" not in defaults:
-        over = {"defaults": ["config", f"{name}@_global_"]}
+    if not builds_on_config(path):
+        over = {"defaults": [CONFIG_NAME, f"{name}@_global_"]}
         ConfigStore.instance().store("_file", over)
         name = "_file"
     return ["--config-dir", str(path.parent), "--config-name", name]
 
 
+def builds_on_config(path: Path) -> bool:
+    """Whether `config` stands in the defaults list of the file or of one it inherits from."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        defaults = [name for name in content.get("defaults", []) if isinstance(name, str)]
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--config {path}: not a YAML mapping: {text}") from error
+    beside = [path.with_name(f"{name}.yaml") for name in defaults if name != path.stem]
+    return CONFIG_NAME in defaults or any(
+        builds_on_config(file) for file in beside if file.is_file()
+    )
+
+
 def quoted(text: str) -> str:
     """A value as Hydra reads it unchanged."""
-    plain = text.replace("_", "").replace("-", "").replace(".", "").replace("/", "").isalnum()
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return text if plain else f"'{escaped}'"
+    return f"'{escaped}'"
 
 
 if __name__ == "__main__":

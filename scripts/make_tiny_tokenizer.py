@@ -3,12 +3,14 @@
 Usage: python scripts/make_tiny_tokenizer.py [OUTPUT]
 
 The vocabulary is the special tokens, printable ASCII, and the words of the `train` split of
-`nli_mini`: a word not among them is spelled. Each run gives the same bytes, which the trainer of
-`tokenizers` does not.
+`nli_mini`: a word not among them is spelled. So is a quarter of the rarer words of that split, or
+else the letters would never be trained, and unseen words would be noise. Each run gives the same
+bytes, which the trainer of `tokenizers` does not.
 """
 
 import string
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tokenizers.models import WordPiece
 from forgelm.tasks.nli_mini import generate
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+FREQUENT = 30
 OUTPUT = Path(__file__).parents[1] / "forgelm" / "models" / "tiny" / "tokenizer.json"
 
 
@@ -27,8 +30,9 @@ def vocabulary(text: str) -> list[str]:
     characters = [c for c in visible if not c.isupper()]
     words = Counter(text.lower().replace(".", " ").replace(",", " ").split())
     ranked = sorted(words, key=lambda word: (-words[word], word))
+    whole = [word for i, word in enumerate(ranked) if i < FREQUENT or zlib.crc32(word.encode()) % 4]
     pieces = [*characters, *(f"##{c}" for c in characters if c.isalnum())]
-    return list(dict.fromkeys([*SPECIAL_TOKENS, *pieces, *ranked]))
+    return list(dict.fromkeys([*SPECIAL_TOKENS, *pieces, *whole]))
 
 
 def build(vocab: list[str]) -> Tokenizer:

@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from forgelm.errors import EXIT_OK, EXIT_TRAINING_ERROR, ConfigError, ForgeError
+from forgelm.redact import redact
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +35,14 @@ def parser(name: str, description: str) -> Parser:
     )
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
+
+
+def check_output(output: Path) -> None:
+    """Refuse a file that can't be written before any work is done."""
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; give a file")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: its folder doesn't exist; make it first")
 
 
 def answer(
@@ -60,6 +70,7 @@ def answer(
 
 
 def _fail(error: Exception, lines: list[str], code: int, as_json: bool, debug: bool) -> int:
+    lines = [redact(line) for line in lines]
     if debug:
         import traceback
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forgelm.cli.arguments import answer, parser
+from forgelm.cli.arguments import answer, check_output, parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,6 +24,8 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     from forgelm.run.find import find_run
 
     set_up(arguments.debug, sys.stderr)
+    if arguments.output:
+        check_output(Path(arguments.output))
     paths = find_run(arguments.run, Path(arguments.output_root))
     result = {"run": str(paths.root), "splits": evaluate_run(paths)}
     if arguments.output:

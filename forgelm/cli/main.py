@@ -14,6 +14,7 @@ from forgelm.errors import (
     EXIT_TRAINING_ERROR,
     ForgeError,
 )
+from forgelm.redact import redact
 
 COMMANDS = {
     "train": "compose a config and run it (the default command)",
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 def complain(error: ForgeError) -> int:
     """Say an error on stderr, a line for each problem; returns its exit code."""
-    for line in str(error).splitlines():
+    for line in redact(str(error)).splitlines():
         print(f"forgelm: {line}", file=sys.stderr)
     return error.exit_code
 
@@ -84,7 +85,7 @@ def crash(error: Exception, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    text = " ".join(str(error).split())[:500]
+    text = redact(" ".join(str(error).split())[:500])
     print(f"forgelm: {type(error).__name__}: {text}; debug=true shows where", file=sys.stderr)
     return EXIT_TRAINING_ERROR
 
@@ -99,7 +100,7 @@ def _unknown(word: str) -> int:
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     print(
-        f"forgelm: {word}: no such command; one of {', '.join(COMMANDS)}, "
+        f"forgelm: {redact(word)}: no such command; one of {', '.join(COMMANDS)}, "
         f"or an override such as mode=kd{hint}",
         file=sys.stderr,
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forgelm.cli.arguments import answer, parser
+from forgelm.cli.arguments import answer, check_output, parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,8 +40,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--data {data}: no such file")
     if output.suffix.lower() not in PREDICTION_SUFFIXES:
         raise ConfigError(f"--output {output}: must end in {' or '.join(PREDICTION_SUFFIXES)}")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: its folder doesn't exist, or it is a folder")
+    check_output(output)
     if output.exists() and output.samefile(data):
         raise ConfigError(f"--output {output}: would overwrite the data")
     paths = find_run(arguments.run, Path(arguments.output_root))

@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.shell_completion:
         return _complete(arguments.overrides)
     register_schema()
-    if not (arguments.help or arguments.hydra_help or arguments.info is not None):
+    shown_only = arguments.help or arguments.hydra_help or arguments.info is not None
+    if arguments.overrides or not shown_only:
         points = check_request(_request(arguments))
         if arguments.cfg:
             return _show(arguments, points[0].composed)
@@ -110,12 +111,11 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _complete(overrides: list[str]) -> int:
-    from forgelm.cli.complete import answer
+    from forgelm.cli.complete import complete
 
     register_schema()
-    choices = answer() if any(o.startswith("query=") for o in overrides) else None
-    if choices is not None:
-        print(choices)
+    if any(override.startswith("query=") for override in overrides):
+        print(complete(job))
         return EXIT_OK
     try:
         job()

@@ -9,12 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
+import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobRuntime, setup_globals
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -58,11 +60,8 @@ class Request:
         found = [self.config_path or conf_dir(), self.config_dir]
         return [folder for folder in found if folder is not None]
 
-    def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Compose one run's config, as `forgelm train` does; raises what Hydra raises.
-
-        Hydra's public compose knows no --config-dir, hence its loader.
-        """
+    def loader(self) -> ConfigLoaderImpl:
+        """Hydra's loader over these folders: its public compose knows no --config-dir."""
         register_schema()
         version.setbase(VERSION_BASE)
         setup_globals()
@@ -71,8 +70,17 @@ class Request:
         if self.config_dir is not None:
             schema = SearchPathQuery(provider="schema")
             search_path.prepend("command-line", f"file://{self.config_dir.resolve()}", schema)
-        loader = ConfigLoaderImpl(config_search_path=search_path)
-        return loader.load_configuration(self.config_name, list(overrides), RunMode.RUN)
+        return ConfigLoaderImpl(config_search_path=search_path)
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose one run's config, as `forgelm train` does; raises what Hydra raises.
+
+        A file that isn't YAML is one of Hydra's errors too.
+        """
+        try:
+            return self.loader().load_configuration(self.config_name, list(overrides), RunMode.RUN)
+        except yaml.YAMLError as error:
+            raise ConfigCompositionException(f"not YAML: {' '.join(str(error).split())}") from error
 
 
 def to_typed(config: DictConfig) -> RunConfig:

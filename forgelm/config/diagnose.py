@@ -17,7 +17,7 @@ from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from forgelm.config.compose import Request
 from forgelm.config.keys import all_keys, expected, nearest, schema_tree
 from forgelm.config.schema import MODES
-from forgelm.config.validate import redact
+from forgelm.config.validate import token_in
+from forgelm.redact import has_token, redact
 
 GROUPS = ("task", "model", "teacher", "mode", "experiment")
 
@@ -45,38 +46,64 @@ class Findings:
 def allowed(item: Override, request: Request, findings: Findings) -> bool:
     """Whether the override may be tried; what its prefix or group forbids is a finding."""
     key, text = item.key_or_group, item.input_line or ""
+    if has_token(text):
+        findings.add(token_in(redact(key)))
+        return False
     if key.startswith(("hydra.", "hydra/")):
         return _hydra_key(item, findings)
     if item.is_delete():
-        findings.add(f"{text}: keys can't be removed; set {key} to null or to another value")
+        findings.add(_removed(text, key))
         return False
+    if key == "teacher.run_hash":
+        findings.add(f"{text}: filled in by forgelm; choose the teacher with teacher.run=RUN")
+        return False
+    tree = schema_tree()
     if item.is_add() or item.is_force_add():
-        keys = all_keys(schema_tree())
+        keys = all_keys(tree)
+        if item.is_force_add() and key in keys and key not in GROUPS:
+            return True
         if key in keys or key in GROUPS:
-            if item.is_force_add() and key in keys:
-                return True
             findings.add(f"{text}: {key} exists; drop the + and write {text.lstrip('+')}")
         else:
             findings.add(f"{text}: no such key, and none can be added{nearest(key, keys)}")
         return False
     if item.is_sweep_override() and not request.multirun:
-        findings.add(f"{text}: a sweep; add -m to run all of it, or write {key}=[...] for a list")
+        listed = expected(tree, key).startswith("a list")
+        hint = f", or write {key}=[...] for a list" if listed else ""
+        findings.add(f"{text}: a sweep; add -m to run all of it{hint}")
         return False
     if key in GROUPS and item.package is None:
         return _known_choice(item, request, findings)
+    if not item.is_sweep_override() and type(item.value()) is int:
+        wanted = expected(tree, key)
+        if wanted.startswith("true or false"):
+            findings.add(f"{text}: must be {wanted}")
+            return False
     return True
+
+
+def _removed(text: str, key: str) -> str:
+    keys = all_keys(schema_tree())
+    if key in GROUPS:
+        return f"{text}: groups can't be removed; choose another with {key}=NAME"
+    if key not in keys:
+        return f"{text}: no such key{nearest(key, keys)}"
+    if any(name.startswith(f"{key}.") for name in keys):
+        return f"{text}: sections can't be removed; set the keys in it"
+    return f"{text}: keys can't be removed; set {key} to null or to another value"
 
 
 def _hydra_key(item: Override, findings: Findings) -> bool:
     """Hydra's own keys: without this a typo in one passes silently."""
     parts = item.key_or_group.split(".")
     node: Any = OmegaConf.structured(HydraConf)
-    if "/" in item.key_or_group or item.is_add() or item.is_force_add():
+    if "/" in item.key_or_group:
         return True
     for depth, part in enumerate(parts[1:], 1):
         if not isinstance(node, DictConfig) or not is_dataclass(OmegaConf.get_type(node)):
             return True
-        if part not in node:
+        # `in` is false for a key that has no value yet.
+        if part not in list(node):
             parent = ".".join(parts[:depth])
             near = nearest(f"{parent}.{part}", [f"{parent}.{name!s}" for name in node])
             findings.add(f"{item.input_line}: no such key of Hydra's{near}")
@@ -87,20 +114,22 @@ def _hydra_key(item: Override, findings: Findings) -> bool:
 
 def _known_choice(item: Override, request: Request, findings: Findings) -> bool:
     group = item.key_or_group
+    own_path = any(text.startswith("hydra.searchpath=") for text in request.overrides)
+    if own_path or item.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return True
     choices = _choices(group, request)
-    wanted = [str(v) for v in item.sweep_string_iterator()] if item.is_sweep_override() else None
-    values = wanted if wanted is not None else [item.value()]
-    good = True
-    for value in values:
-        name = "" if value is None else str(value).strip("'\"")
-        if name in choices or (value is None and group == "experiment") or name == "null":
-            continue
-        good = False
+    if item.is_sweep_override():
+        names = [str(value).strip("'\"") for value in item.sweep_string_iterator()]
+    else:
+        names = [item.get_value_string().strip("'\"")]
+    allowed_too = {"null"} if group == "experiment" else set()
+    wrong = [name for name in names if name not in {*choices, *allowed_too}]
+    for name in wrong:
         near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+        near = near or [choice for choice in choices if choice.rpartition("/")[2] == name]
         hint = f"; did you mean {group}={near[0]}?" if near else ""
-        shown = name if isinstance(value, str) else item.get_value_string()
-        findings.add(f"{group}={shown}: no such {group}; one of {', '.join(choices)}{hint}")
-    return good
+        findings.add(f"{group}={name}: no such {group}; one of {', '.join(choices)}{hint}")
+    return not wrong
 
 
 def _choices(group: str, request: Request) -> list[str]:
@@ -122,44 +151,42 @@ def explain(
         str(i.input_line) for i in parsed if i.key_or_group in GROUPS or "/" in i.key_or_group
     ]
     values = [i for i in parsed if str(i.input_line) not in groups]
-    before = len(findings.problems)
+    found: list[str] = []
+    base: DictConfig | None
     try:
         base = request.compose(groups)
     except (HydraException, OmegaConfBaseException) as base_error:
-        rest = _without_files(groups, request, base_error, findings)
-        if rest is None:
-            return None
-        base = rest
+        found += _files_problems(groups, request, base_error)
+        try:
+            base = Request().compose([g for g in groups if not g.startswith("experiment=")])
+        except (HydraException, OmegaConfBaseException):
+            base = None
     for item in values:
+        if base is None:
+            break
         trial = copy.deepcopy(base)
-        problem = _try(item, trial)
-        if problem is None:
-            base = trial
-        else:
-            findings.add(problem)
-    if len(findings.problems) == before:
-        findings.add(said(error))
+        problems = _try(item, trial)
+        base = base if problems else trial
+        found += problems
+    for problem in found or [said(error)]:
+        findings.add(problem)
     return base
 
 
-def _without_files(
-    groups: list[str], request: Request, error: Exception, findings: Findings
-) -> DictConfig | None:
-    """Find every wrong value of the file that Hydra stumbled over; the config composed without
-    experiment and own primary file, to look at the overrides too."""
-    match = re.match(r"In '([^']+)'", str(error))
-    name = match.group(1) if match else ""
-    files = [folder / f"{name}.yaml" for folder in request.folders()]
-    before = len(findings.problems)
-    for file in [file for file in files if file.is_file()][:1]:
-        for problem in _file_problems(name, file):
-            findings.add(f"In '{name}': {problem}")
-    if len(findings.problems) == before:
-        findings.add(said(error))
-    try:
-        return Request().compose([g for g in groups if not g.startswith("experiment=")])
-    except (HydraException, OmegaConfBaseException):
-        return None
+def _files_problems(groups: list[str], request: Request, error: Exception) -> list[str]:
+    """What is wrong with the files that were chosen: the one that Hydra stumbled over, own primary
+    files and experiments."""
+    stumbled = re.match(r"In '([^']+)'", str(error))
+    chosen = [group.replace("=", "/") for group in groups if group.startswith("experiment=")]
+    names = dict.fromkeys([*chosen, request.config_name, *(stumbled.groups() if stumbled else ())])
+    found = []
+    for name in names:
+        files = [folder / f"{name}.yaml" for folder in request.folders()]
+        for file in [file for file in files if file.is_file()][:1]:
+            found += [f"In '{name}': {problem}" for problem in _file_problems(name, file)]
+    if not found or "Could not" in str(error):
+        found.insert(0, said(error))
+    return found
 
 
 def _file_problems(name: str, file: Path) -> Iterator[str]:
@@ -173,9 +200,17 @@ def _file_problems(name: str, file: Path) -> Iterator[str]:
     for key, value in _file_leaves(content, f"{prefix}." if prefix else ""):
         if key.split(".")[0] in ("hydra", "defaults"):
             continue
-        problem = _try_value(f"{key}={value}", key, value, tree)
+        shown = (
+            "null"
+            if value is None
+            else str(value).lower()
+            if value is True or value is False
+            else value
+        )
+        problem = _try_value(f"{key}={shown}", key, value, tree)
         if problem is not None:
-            yield problem
+            unquoted = value is False and "one of no," in problem
+            yield problem + ("; YAML reads a bare no as false: quote it" if unquoted else "")
 
 
 def _file_leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -189,12 +224,27 @@ def _file_leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name!s}", OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index]
 
 
-def _try(item: Override, config: DictConfig) -> str | None:
-    """Apply one override to the typed config; what is wrong with it, if anything."""
-    key = item.key_or_group
+def _try(item: Override, config: DictConfig) -> list[str]:
+    """Apply one override to the typed config; what is wrong with it."""
+    key, value = item.key_or_group, item.value()
     if key.startswith("hydra."):
-        return None
-    return _try_value(item.input_line or "", key, item.value(), config)
+        return []
+    section = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
+    parts = dict(_leaves(value, f"{key}.")) if section else {key: value}  # type: ignore[arg-type]
+    problems = []
+    for name, part in parts.items():
+        text = f"{name}={part}" if section else item.input_line or ""
+        problem = _try_value(text, name, part, config)
+        problems += [problem] if problem else []
+    return problems
+
+
+def _leaves(value: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", inner
 
 
 def _try_value(text: str, key: str, value: Any, config: DictConfig) -> str | None:
@@ -233,6 +283,8 @@ def said(error: BaseException) -> str:
         group, choice = lacking.groups()
         choices = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
         return f"{group}={choice}: no such {group}; one of {', '.join(choices)}"
+    if len(lines) > 1 and lines[1].startswith("Config search path"):
+        return lines[0]
     where = re.match(r"In '[^']+'", lines[0])
     message = lines[1] if where and len(lines) > 1 else lines[0]
     stated = next((line for line in lines if line.startswith("full_key:")), "")

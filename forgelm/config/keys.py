@@ -29,6 +29,8 @@ _KNOWN_AS = {
 
 def expected(config: DictConfig, key: str) -> str:
     """What a key takes, in words: `one of a, b`, `a number`, `true or false`."""
+    if key not in all_keys(config):
+        return ""
     parent_key, _, name = key.rpartition(".")
     parent = OmegaConf.select(config, parent_key) if parent_key else config
     node = parent._get_node(name) if isinstance(parent, DictConfig) else None
@@ -75,6 +77,9 @@ def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
 def nearest(key: str, keys: Sequence[str]) -> str:
     """`; did you mean X?`, by the usual other names, the last part, then by spelling."""
     last = key.rpartition(".")[2]
+    if "." in key:
+        sections = {name.rpartition(".")[0] for name in keys}
+        keys = [name for name in keys if name not in sections]
     same_last = [name for name in keys if name.rpartition(".")[2] == last]
     known = _KNOWN_AS.get(last)
     near = same_last[0] if same_last else known

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from forgelm.config.compose import Request, to_typed
@@ -34,10 +34,12 @@ def check_request(request: Request) -> list[Point]:
         ConfigError: with all problems of all points.
     """
     findings = Findings()
-    if request.config_dir is not None and not request.config_dir.is_dir():
-        findings.add(f"--config-dir {request.config_dir}: no such folder")
+    for flag, folder in (("path", request.config_path), ("dir", request.config_dir)):
+        if folder is not None and not folder.is_dir():
+            findings.add(f"--config-{flag} {folder}: no such folder")
+    if findings.problems:
         raise ConfigError(findings.problems)
-    parsed = _parse(request.overrides, findings)
+    parsed = _parse(request, findings)
     kept = [item for item in parsed if allowed(item, request, findings)]
     points = [
         point
@@ -72,10 +74,10 @@ def teacher_run(config: RunConfig, compose: Callable[[list[str]], DictConfig]) -
     )
 
 
-def _parse(overrides: Iterable[str], findings: Findings) -> list[Override]:
-    parser = OverridesParser.create()
+def _parse(request: Request, findings: Findings) -> list[Override]:
+    parser = OverridesParser.create(config_loader=request.loader())
     parsed = []
-    for text in overrides:
+    for text in request.overrides:
         try:
             parsed += parser.parse_overrides([text])
         except HydraException:
@@ -114,6 +116,12 @@ def _check_point(overrides: list[str], request: Request, findings: Findings) -> 
         if composed_anyway is None:
             return None
         composed = composed_anyway
+    if OmegaConf.get_type(composed) is not RunConfig:
+        findings.add(
+            f"{request.config_name}.yaml doesn't build on forgelm's config: begin it with "
+            "`defaults: [config, _self_]`"
+        )
+        return None
     try:
         config = to_typed(composed)
     except OmegaConfBaseException as error:

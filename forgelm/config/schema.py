@@ -207,8 +207,9 @@ class KdConfig:
     """`(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`, Hinton et al. 2015."""
 
     name: str = "kd"
-    alpha: float = option(0.5, min=0, max=1)
-    temperature: float = option(2.0, above=0)
+    alpha: float = option(0.9, min=0, max=1)
+    """Weight of the teacher; the labels get the rest, a small part as Hinton et al. advise."""
+    temperature: float = option(3.0, above=0)
     loss: DistillationLoss = DistillationLoss.auto
     """auto: kl for classification, mse on the raw outputs for regression."""
 

@@ -22,27 +22,27 @@ from forgelm.config.schema import (
     RunConfig,
     TeacherKind,
 )
+from forgelm.redact import has_token
 
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 _REGRESSION_METRICS = frozenset({Metric.pearson, Metric.spearmanr, Metric.mse})
-_TOKEN = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|"
-    r"github_pat_[A-Za-z0-9_]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[A-Za-z0-9-]{10,}|wandb_v1_\w{20,}"
-)
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
-def redact(text: str) -> str:
-    """The text with everything that looks like a token blotted out."""
-    return _TOKEN.sub("[redacted]", text)
+def token_in(key: str) -> str:
+    """What is said of a key whose value looks like a token; the value isn't repeated."""
+    return (
+        f"{key} looks like an access token: tokens are never config values; "
+        "set HF_TOKEN or WANDB_API_KEY in the environment, or log in with `hf auth login`"
+    )
 
 
 def check(config: RunConfig) -> list[str]:
     """Every problem of a typed config, one line each; an empty list when it can be run."""
     values = list(leaves(config))
     problems = [problem for key, value, bounds in values for problem in _value(key, value, bounds)]
-    for rule in (_names, _task_source, _task_metrics, _teacher, _mode, _training):
+    for rule in (_names, _task_source, _folders, _task_metrics, _teacher, _mode, _training):
         problems += rule(config)
     return problems
 
@@ -61,15 +61,17 @@ def _value(key: str, value: Any, bounds: dict[str, Any]) -> Iterator[str]:
     if isinstance(value, str) and value == MISSING:
         yield f"{key} is missing: give it, as in {key}=VALUE"
         return
-    texts = value if isinstance(value, list) else [value]
-    if any(isinstance(text, str) and _TOKEN.search(text) for text in texts):
-        yield (
-            f"{key} looks like an access token: tokens are never config values; "
-            "set HF_TOKEN or WANDB_API_KEY in the environment, or log in with `hf auth login`"
-        )
+    texts = [
+        text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+    ]
+    if any(has_token(text) for text in texts):
+        yield token_in(key)
         return
+    if "" in texts:
+        yield f"{key} is empty: give a value, or null where there is none"
     if isinstance(value, float) and value != value:
         yield f"{key}=nan: must be a number"
+        return
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     tests: dict[str, tuple[Callable[[float, float], bool], str]] = {
@@ -90,14 +92,11 @@ def _names(config: RunConfig) -> Iterator[str]:
     if config.run_name is not None:
         folders["run_name"] = config.run_name
     for key, name in folders.items():
-        if name != MISSING and not _FOLDER.fullmatch(name):
+        if name not in ("", MISSING) and not _FOLDER.fullmatch(name):
             yield (
                 f"{key}={name!r}: names a folder; use letters, digits, '.', '_', '+' and '-', "
                 "beginning with a letter or digit"
             )
-    if not config.output_root.strip():
-        yield "output_root='': must be a folder, as in output_root=outputs"
-        return
     root = Path(config.output_root).expanduser().absolute()
     there = next(path for path in (root, *root.parents) if path.exists())
     if not there.is_dir():
@@ -140,10 +139,38 @@ def _task_source(config: RunConfig) -> Iterator[str]:
             yield f"{key}={name}: must end in one of {', '.join(DATA_SUFFIXES)}"
         elif not Path(name).is_file():
             yield f"{key}={name}: no such file (looked in {Path.cwd()})"
+    if task.train_file and len(task.validation_splits) > 1:
+        yield (
+            f"task.validation_splits={task.validation_splits}: own files have one, "
+            "task.validation_file; name one split"
+        )
+    if task.train_split in task.validation_splits:
+        yield (
+            f"task.train_split={task.train_split} is among task.validation_splits too: "
+            "evaluate on other rows than those trained on"
+        )
     if not task.validation_splits:
         yield "task.validation_splits=[]: name at least one split to evaluate on"
     if len(set(task.validation_splits)) < len(task.validation_splits):
         yield f"task.validation_splits={task.validation_splits}: names a split twice"
+
+
+def _folders(config: RunConfig) -> Iterator[str]:
+    """Paths that can only be folders here, not hub ids."""
+    paths = {
+        "model.path": config.model.path,
+        "teacher.path": config.teacher.path,
+        "task.dataset": config.task.dataset,
+    }
+    for key, path in paths.items():
+        if path in (None, "", MISSING):
+            continue
+        folder = Path(str(path)).expanduser()
+        if folder.is_dir():
+            if key != "task.dataset" and not (folder / "config.json").is_file():
+                yield f"{key}={path}: the folder has no config.json; give a saved model's folder"
+        elif str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+            yield f"{key}={path}: no such folder (looked in {Path.cwd()}), and not a hub id"
 
 
 def _task_metrics(config: RunConfig) -> Iterator[str]:
@@ -160,6 +187,8 @@ def _task_metrics(config: RunConfig) -> Iterator[str]:
                 f"use {', '.join(fitting)}"
             )
     rises = task.metrics[0] is not Metric.mse
+    if len(set(task.metrics)) < len(task.metrics):
+        yield f"task.metrics=[{','.join(task.metrics)}]: names a metric twice"
     if task.greater_is_better != rises:
         yield (
             f"task.greater_is_better={str(task.greater_is_better).lower()}: for "
@@ -181,7 +210,7 @@ def _teacher(config: RunConfig) -> Iterator[str]:
     needed = uses_teacher(config)
     for key, kind in (("path", TeacherKind.path), ("run", TeacherKind.run)):
         value = getattr(teacher, key)
-        if teacher.kind is kind and not value:
+        if teacher.kind is kind and value is None:
             yield f"teacher={key} needs teacher.{key}: give it, as in teacher.{key}=..."
         if value and teacher.kind is not kind:
             yield f"teacher.{key}={value} is only read with teacher={key}"
@@ -212,7 +241,10 @@ def _teacher(config: RunConfig) -> Iterator[str]:
 def _mode(config: RunConfig) -> Iterator[str]:
     mode, problem = config.mode, config.task.problem
     if type(mode) is not MODES.get(getattr(mode, "name", "")):
-        yield f"mode.name={getattr(mode, 'name', mode)}: must be one of {', '.join(MODES)}"
+        yield (
+            f"mode.name={getattr(mode, 'name', mode)}: the name belongs to the mode; choose one "
+            f"with mode={' or mode='.join(MODES)}"
+        )
     if (
         isinstance(mode, KdConfig)
         and problem is Problem.regression
@@ -249,8 +281,9 @@ def _training(config: RunConfig) -> Iterator[str]:
             "training.dataloader_persistent_workers=true needs training.dataloader_num_workers "
             "of 1 or more"
         )
-    if config.model.path is None and tiny.hidden_size % tiny.num_attention_heads:
+    heads = tiny.num_attention_heads
+    if config.model.path is None and heads > 0 and tiny.hidden_size % heads:
         yield (
-            f"model.tiny.num_attention_heads={tiny.num_attention_heads}: must divide "
+            f"model.tiny.num_attention_heads={heads}: must divide "
             f"model.tiny.hidden_size={tiny.hidden_size}"
         )

@@ -95,11 +95,18 @@ def load_teacher(
 
     path = str(config.path or config.run)
     with _explained(f"teacher {path}"):
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=dtype,
             revision=revision,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    if loading["missing_keys"]:
+        lacking = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ConfigError(
+            f"teacher {path}: its checkpoint lacks {lacking}, "
+            "so it was never trained to classify; choose a teacher of this task"
         )
     order = match_labels(path, model.config, labels)
     if order is not None:
@@ -219,9 +226,13 @@ def _tiny(tiny: TinyConfig, vocabulary: int, head: dict[str, Any]) -> Any:
 @contextmanager
 def _explained(thing: str) -> Iterator[None]:
     """One line about `thing` for what transformers raises when it can't use it."""
+    from safetensors import SafetensorError
+
     try:
         with explained(thing):
             yield
+    except SafetensorError as error:
+        raise RunError(f"{thing}: its weights can't be read: {error}") from error
     except (OSError, ValueError) as error:
         if isinstance(error, ForgeError) or getattr(error, "errno", None) is not None:
             raise

@@ -110,15 +110,19 @@ def seal(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]) 
         TrainingState().save(paths)
 
 
-def extend(paths: RunPaths, config: RunConfig) -> None:
-    """Seal a longer goal (`max_steps` or `epochs`) over an old one; the past is kept."""
-    old, metadata = load_sealed(paths.root), read_json(paths.metadata)
-    change = {key: [getattr(old, key), getattr(config, key)] for key in EXTENDING}
-    made = {"at": now(), **{k: v for k, v in change.items() if v[0] != v[1]}}
-    write_json(paths.metadata, metadata | {"extended": [*metadata.get("extended", []), made]})
-    write_text(paths.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
-    state = load_state(paths) or TrainingState()
-    replace(state, status=Status.created, pipeline_complete=False).save(paths)
+def extend(run: Run) -> None:
+    """Where the run was asked to go further than it is sealed for: seal the new goal over the old.
+
+    The past is kept, and the change noted in the metadata.
+    """
+    sealed = load_sealed(run.paths.root)
+    pairs = {key: [getattr(sealed, key), getattr(run.config, key)] for key in EXTENDING}
+    change = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    if not change:
+        return
+    run.note(extended=[*run.metadata.get("extended", []), {"at": now(), **change}])
+    write_text(run.paths.config, OmegaConf.to_yaml(OmegaConf.structured(run.config)))
+    run.update(pipeline_complete=False)
 
 
 @contextmanager

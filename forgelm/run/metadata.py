@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from forgelm import __version__
-from forgelm.config.validate import redact
+from forgelm.redact import redact
 
 _MAX_DIFF = 1 << 20
 _PACKAGES = (

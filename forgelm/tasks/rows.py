@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm.config.schema import Metric, Problem, TaskConfig
-from forgelm.errors import ConfigError
+from forgelm.errors import ConfigError, RunError
 from forgelm.hub import explained
 
 if TYPE_CHECKING:
@@ -100,8 +101,9 @@ def _from_hub(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset
     try:
         with explained(f"data set {name}"):
             found = load_dataset(name, task.dataset_config, revision=revision)
-    except DatasetNotFoundError as error:
-        raise ConfigError(f"task.dataset={name}: {str(error).splitlines()[0]}") from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        gated = "; ask for access on its page, then set HF_TOKEN" if "gated" in str(error) else ""
+        raise RunError(f"data set {name}: {str(error).splitlines()[0]}{gated}") from error
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(
             f"task.dataset={name}, task.dataset_config={task.dataset_config}: "
@@ -124,34 +126,51 @@ def read_file(path: Path) -> Dataset:
     """Read a .csv, .tsv, .json, .jsonl or .parquet file; the rows of text files stay text.
 
     Raises:
-        ConfigError: the file is empty or can't be read as what its name says.
+        ConfigError: the file is empty, can't be read as what its name says, or has a crooked row.
     """
-    import pandas
     import pyarrow
     from datasets import Dataset
 
     suffix = path.suffix.lower()
     try:
-        if suffix in (".csv", ".tsv"):
-            frame = pandas.read_csv(
-                path, sep="\t" if suffix == ".tsv" else ",", dtype=str, keep_default_na=False
-            )
-            rows = Dataset.from_pandas(frame, preserve_index=False)
-        elif suffix == ".parquet":
+        if suffix == ".parquet":
             rows = Dataset.from_parquet(str(path), keep_in_memory=True)
         else:
-            rows = Dataset.from_list(_json_rows(path))
-    except pandas.errors.EmptyDataError as error:
-        raise ConfigError(f"{path}: the file is empty") from error
-    except (pandas.errors.ParserError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable {suffix} file: {error}") from error
+            table = _delimited(path) if suffix in (".csv", ".tsv") else _json_rows(path)
+            rows = Dataset.from_dict(_columns(path, table))
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: not a readable {suffix} file: {first}") from error
     if not len(rows):
         raise ConfigError(f"{path}: the file has no rows")
     return rows
 
 
+def _delimited(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV or TSV file, every field as text, all as long as the header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(
+            file, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ","
+        )
+        try:
+            header = next(reader, None)
+            if header is None:
+                raise ConfigError(f"{path}: the file is empty")
+            rows = []
+            for number, fields in enumerate(filter(None, reader), 1):
+                if len(fields) != len(header):
+                    raise ConfigError(
+                        f"{path}, row {number}: {len(fields)} fields, and the header has "
+                        f"{len(header)}; quote fields that hold the separator"
+                    )
+                rows.append(dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            raise ConfigError(f"{path}, line {reader.line_num}: {error}") from error
+    return rows
+
+
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json":
         try:
             rows = json.loads(text or "[]")
@@ -161,17 +180,43 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"{path}: must hold a list of objects; one object a line is .jsonl")
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not splitlines: it takes characters for line ends that may stand inside JSON's strings.
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ConfigError(f"{path}, row {number}: must be an object, and is {row!r:.60}")
     return rows
+
+
+def _columns(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns, in the order of first appearance; a value that a row lacks is None."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for name, values in columns.items():
+        given = [(row, value) for row, value in enumerate(values, 1) if value is not None]
+        for row, value in given:
+            if _kind(value) != _kind(given[0][1]):
+                raise ConfigError(
+                    f"{path}, row {row}: {name}={value!r:.60} is {_kind(value)}, and above it is "
+                    f"{_kind(given[0][1])}; make the column one type"
+                )
+    return columns
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return "text" if isinstance(value, str) else "a list or an object"
 
 
 def text_rows(task: TaskConfig, path: Path, rows: Dataset) -> Dataset:
@@ -218,9 +263,10 @@ def _label_names(task: TaskConfig, splits: dict[str, Dataset]) -> list[str]:
     if declared is not None:
         return list(declared)
     values = train.unique(task.label_column)
-    if any(isinstance(value, float) and not value.is_integer() for value in values):
+    fractions = [value for value in values if _is_fraction(value)]
+    if fractions:
         raise ConfigError(
-            f"task.label_column={task.label_column}: holds numbers such as {values[0]}, not "
+            f"task.label_column={task.label_column}: holds numbers such as {fractions[0]}, not "
             "labels; set task.problem=regression task.metrics=[pearson]"
         )
     names = {_name(value) for value in values if value is not None and value != ""}
@@ -232,6 +278,13 @@ def _label_names(task: TaskConfig, splits: dict[str, Dataset]) -> list[str]:
     if all(name.lstrip("-").isdigit() for name in names):
         return sorted(names, key=int)
     return sorted(names)
+
+
+def _is_fraction(value: Any) -> bool:
+    try:
+        return value is not None and not float(value).is_integer()
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _name(value: Any) -> str:

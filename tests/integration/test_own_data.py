@@ -251,7 +251,7 @@ SCORES = "text,label\nthe cat,1.5\n"
         ),
         pytest.param({"train.csv": ""}, [], ["train.csv: the file is empty"], id="empty"),
         pytest.param({"check.csv": "text,label\n"}, [], ["check.csv", "no rows"], id="header"),
-        pytest.param({"check.jsonl": "\n"}, [], ["check.jsonl", "no rows"], id="empty jsonl"),
+        pytest.param({"check.jsonl": "\n"}, [], ["check.jsonl", "is empty"], id="empty jsonl"),
         pytest.param({"check.json": "[]"}, [], ["check.json", "no rows"], id="empty json"),
         pytest.param(
             {"check.csv": GOOD + "a hen,ugly\n"},
@@ -338,12 +338,15 @@ SCORES = "text,label\nthe cat,1.5\n"
             id="json lines in json",
         ),
         pytest.param(
-            {"train.csv": GOOD + 'a hen,"good\n'}, [], ["train.csv: not a readable"], id="quote"
+            {"train.csv": GOOD + 'a hen,"good\n'},
+            [],
+            ["train.csv, line", "unexpected end of data"],
+            id="quote",
         ),
         pytest.param(
             {"train.csv": GOOD + "a hen, a dog,good\n"},
             [],
-            ["train.csv: not a readable", "line 6"],
+            ["train.csv, row 5: 3 fields, and the header has 2"],
             id="comma in text",
         ),
         pytest.param(

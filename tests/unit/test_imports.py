@@ -29,6 +29,7 @@ ORDER = (
     "log",
     "config",
     "errors",
+    "redact",
 )
 
 
