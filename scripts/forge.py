@@ -8,6 +8,7 @@ python scripts/forge.py --config EXPERIMENT_OR_YAML | --resume RUN
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from forgelm.cli.main import complain
 from forgelm.cli.main import main as forgelm
 from forgelm.config.compose import CONFIG_NAME, conf_dir
 from forgelm.errors import ConfigError, ForgeError
+
+_READ_OTHERWISE = ("true", "false", "null", "nan", "inf")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -97,6 +100,8 @@ def builds_on_config(path: Path) -> bool:
 
 def quoted(text: str) -> str:
     """A value as Hydra reads it unchanged."""
+    if re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in _READ_OTHERWISE:
+        return text
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 

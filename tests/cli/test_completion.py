@@ -72,7 +72,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> str:
             "forgelm experiment=",
             {"experiment=mnli/distilbert/00_sft", "experiment=nli_mini/teacher"},
         ),
-        ("forgelm train exp", {"experiment=nli_mini/teacher"}),
+        ("forgelm train exp", {"experiment="}),
         ("forgelm train mod", {"mode=", "mode.", "model=", "model."}),
         ("forgelm train ", {"mode=", "model=", "task=", "teacher=", "training.", "seed="}),
         ("forgelm ", {"mode=", "model=", "task=", "teacher=", "training.", "seed="}),
@@ -97,7 +97,7 @@ def test_schema_nodes_are_never_offered(install: str, tmp_path: Path, line: str)
     ("line", "offered"),
     [
         ("forgelm train task=mn", "task=mnli"),
-        ("forgelm trai", "train"),
+        ("forgelm trai", "train training."),
         ("forgelm train experiment=nli", "experiment=nli_mini/teacher"),
     ],
 )

@@ -215,7 +215,7 @@ def test_cfg_prints_the_composed_config_and_runs_nothing(forgelm: Command, tmp_p
     done = forgelm("train", "--cfg", "job", "mode=kd", "seed=7", "output_root=${oc.env:HOME}/x")
     assert (done.code, done.err) == (0, "")
     printed = yaml.safe_load(done.out)
-    assert printed["mode"] == {"name": "kd", "alpha": 0.5, "temperature": 2.0, "loss": "auto"}
+    assert printed["mode"] == {"name": "kd", "alpha": 0.9, "temperature": 3.0, "loss": "auto"}
     assert (printed["seed"], printed["output_root"]) == (7, "${oc.env:HOME}/x")
     assert "hydra" not in printed
     assert list(tmp_path.iterdir()) == []
@@ -268,7 +268,7 @@ def test_own_configs_beside_the_shipped_ones(forgelm: Command, own: Path) -> Non
     printed = yaml.safe_load(done.out)
     assert printed["model"]["name"] == "mine"
     assert printed["model"]["tiny"]["hidden_size"] == 32
-    assert printed["mode"] == {"name": "kd", "alpha": 0.25, "temperature": 2.0, "loss": "auto"}
+    assert printed["mode"] == {"name": "kd", "alpha": 0.25, "temperature": 3.0, "loss": "auto"}
     assert (printed["training"]["learning_rate"], printed["epochs"]) == (0.002, 7)
     assert printed["task"]["name"] == "nli_mini"
 
@@ -281,7 +281,7 @@ def test_an_own_choice_of_a_group(forgelm: Command, own: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "seed", "rate", "model"),
-    [("flat", 5, 5e-5, "tiny"), ("primary", 42, 0.003, "mine")],
+    [("flat", 5, 1.5e-3, "tiny"), ("primary", 42, 0.003, "mine")],
 )
 def test_an_own_primary_config(
     forgelm: Command, own: Path, name: str, seed: int, rate: float, model: str

@@ -181,9 +181,9 @@ def composed(script: ModuleType, forgelm: Command, *flags: str) -> dict[str, Any
         ("child_first", 5, 0.001, 0.2, "nli_mini", "tiny", "sft"),
         ("chosen", 3, 5e-5, 0, "mnli", "distilbert", "kd"),
         ("on_shipped", 2, 3e-5, 0.01, "mnli", "distilbert", "sft"),
-        ("whole", 4, 5e-5, 0, "nli_mini", "tiny", "kd"),
-        ("two words", 6, 5e-5, 0, "nli_mini", "tiny", "sft"),
-        ("empty", 3, 5e-5, 0, "nli_mini", "tiny", "sft"),
+        ("whole", 4, 1.5e-3, 0.01, "nli_mini", "tiny", "kd"),
+        ("two words", 6, 1.5e-3, 0.01, "nli_mini", "tiny", "sft"),
+        ("empty", 1.5, 1.5e-3, 0.01, "nli_mini", "tiny", "sft"),
     ],
 )
 def test_a_yaml_file_is_laid_over_the_default(

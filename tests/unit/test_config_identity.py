@@ -82,14 +82,14 @@ def test_what_does_not_decide_the_result_is_not_in_the_hash(
                 "model=tiny_teacher",
                 "model.name=other",
                 "model.tiny.hidden_size=32",
-                "model.tiny.dropout=0",
+                "model.tiny.dropout=0.2",
                 "mode=kd",
                 "seed=7",
                 "epochs=4",
                 "max_steps=10",
                 "training.learning_rate=1e-4",
                 "training.lr_scheduler_type=cosine",
-                "training.warmup_steps=0.1",
+                "training.warmup_steps=0.2",
                 "training.optim=adafactor",
                 "training.per_device_train_batch_size=16",
                 "training.gradient_accumulation_steps=2",
@@ -105,7 +105,7 @@ def test_what_does_not_decide_the_result_is_not_in_the_hash(
         (
             KD,
             [
-                "mode.alpha=0.9",
+                "mode.alpha=0.4",
                 "mode.temperature=4",
                 "mode.loss=mse",
                 "model.path=org/other",
@@ -130,7 +130,7 @@ def test_what_decides_the_result_is_in_the_hash(base: tuple[str, ...], changes: 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("", "seed=42 epochs=3 training.learning_rate=5e-5"),
+        ("", "seed=42 epochs=1.5 training.learning_rate=1.5e-3"),
         ("epochs=4", "epochs=4.0"),
         ("seed=1 epochs=2", "epochs=2 seed=1"),
         ("seed=2 seed=1", "seed=1"),
@@ -147,9 +147,9 @@ def test_the_same_config_written_otherwise_has_the_same_hash(one: str, other: st
 
 def test_differences_name_the_key_and_both_values() -> None:
     theirs = composed(*KD)
-    ours = composed(*KD, "seed=7", "mode.alpha=0.9", "training.optim=sgd", "run_name=mine")
+    ours = composed(*KD, "seed=7", "mode.alpha=0.4", "training.optim=sgd", "run_name=mine")
     assert differences(ours, theirs) == [
-        "mode.alpha: 0.5 -> 0.9",
+        "mode.alpha: 0.9 -> 0.4",
         "seed: 42 -> 7",
         "training.optim: adamw_torch -> sgd",
     ]
