@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """The main job: the student by SFT and by KD from one start and budget, beside the teacher.
 
+A small model's accuracy depends on its seed, so each is trained from several, and means compared.
+
 python scripts/compare.py [OVERRIDES]     overrides go to both runs; the teacher is trained once
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +25,7 @@ from forgelm.resolve import resolve
 from forgelm.run.files import read_json
 
 MODES = ("sft", "kd")
+SEEDS = (42, 1, 2, 3)
 
 
 def results(words: list[str]) -> dict[str, Any]:
@@ -33,28 +37,41 @@ def results(words: list[str]) -> dict[str, Any]:
 
 
 def main(overrides: Sequence[str]) -> int:
-    measured = {}
-    for mode in MODES:
-        words = [f"mode={mode}", *overrides]
-        sys.argv = ["forgelm", "train", *words]
-        code = forgelm(sys.argv[1:])
-        if code != EXIT_OK:
-            return code
-        measured[mode] = results(words)
-    metric, before = measured["kd"]["metric"], measured["kd"]["before"]
-    rows: list[tuple[str, ...]] = [("", "start", "SFT", "KD", "teacher", "KD - SFT")]
-    gains = []
-    for split in before["student"]:
-        start, teacher = before["student"][split][metric], before["teacher"][split][metric]
-        sft, kd = (measured[mode]["after"]["student"][split][metric] for mode in MODES)
-        gains.append(kd - sft)
-        cells = [f"{value:.4f}" for value in (start, sft, kd, teacher)]
-        rows.append((f"{split} {metric}", *cells, f"{kd - sft:+.4f}"))
-    print(f"\n{table(rows)}")
+    measured: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    for seed in SEEDS:
+        for mode in MODES:
+            words = [f"mode={mode}", f"seed={seed}", *overrides]
+            sys.argv = ["forgelm", "train", *words]
+            code = forgelm(sys.argv[1:])
+            if code != EXIT_OK:
+                return code
+            measured[mode].append(results(words))
+    rows, gains = comparison(measured)
+    print(f"\nmean of {len(SEEDS)} seeds\n{table(rows)}")
     if min(gains) <= 0:
         print("KD didn't beat SFT on every split", file=sys.stderr)
         return EXIT_TRAINING_ERROR
     return EXIT_OK
+
+
+def comparison(
+    measured: dict[str, list[dict[str, Any]]],
+) -> tuple[list[tuple[str, ...]], list[float]]:
+    """The table's rows, the first its header, and KD's gain over SFT on each split."""
+    metric, before = measured["kd"][0]["metric"], measured["kd"][0]["before"]
+    rows: list[tuple[str, ...]] = [("", "start", "SFT", "KD", "teacher", "KD - SFT")]
+    gains = []
+    for split in before["student"]:
+        means = {
+            mode: fmean(run["after"]["student"][split][metric] for run in measured[mode])
+            for mode in MODES
+        }
+        start = fmean(run["before"]["student"][split][metric] for run in measured["kd"])
+        values = (start, means["sft"], means["kd"], before["teacher"][split][metric])
+        gains.append(means["kd"] - means["sft"])
+        cells = [f"{value:.4f}" for value in values]
+        rows.append((f"{split} {metric}", *cells, f"{gains[-1]:+.4f}"))
+    return rows, gains
 
 
 if __name__ == "__main__":

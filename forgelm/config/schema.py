@@ -209,7 +209,7 @@ class KdConfig:
     name: str = "kd"
     alpha: float = option(0.9, min=0, max=1)
     """Weight of the teacher; the labels get the rest, a small part as Hinton et al. advise."""
-    temperature: float = option(3.0, above=0)
+    temperature: float = option(1.0, above=0)
     loss: DistillationLoss = DistillationLoss.auto
     """auto: kl for classification, mse on the raw outputs for regression."""
 

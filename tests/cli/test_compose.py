@@ -215,7 +215,7 @@ def test_cfg_prints_the_composed_config_and_runs_nothing(forgelm: Command, tmp_p
     done = forgelm("train", "--cfg", "job", "mode=kd", "seed=7", "output_root=${oc.env:HOME}/x")
     assert (done.code, done.err) == (0, "")
     printed = yaml.safe_load(done.out)
-    assert printed["mode"] == {"name": "kd", "alpha": 0.9, "temperature": 3.0, "loss": "auto"}
+    assert printed["mode"] == {"name": "kd", "alpha": 0.9, "temperature": 1.0, "loss": "auto"}
     assert (printed["seed"], printed["output_root"]) == (7, "${oc.env:HOME}/x")
     assert "hydra" not in printed
     assert list(tmp_path.iterdir()) == []
@@ -268,7 +268,7 @@ def test_own_configs_beside_the_shipped_ones(forgelm: Command, own: Path) -> Non
     printed = yaml.safe_load(done.out)
     assert printed["model"]["name"] == "mine"
     assert printed["model"]["tiny"]["hidden_size"] == 32
-    assert printed["mode"] == {"name": "kd", "alpha": 0.25, "temperature": 3.0, "loss": "auto"}
+    assert printed["mode"] == {"name": "kd", "alpha": 0.25, "temperature": 1.0, "loss": "auto"}
     assert (printed["training"]["learning_rate"], printed["epochs"]) == (0.002, 7)
     assert printed["task"]["name"] == "nli_mini"
 

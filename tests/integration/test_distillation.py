@@ -55,7 +55,7 @@ def test_a_student_learns_from_an_earlier_run(tiny: Command, trained: Path, tmp_
     theirs = read_json(trained / "eval.json")["after"]["student"]
     for split, scores in theirs.items():
         assert results["before"]["teacher"][split] == pytest.approx(scores, rel=1e-5)
-    assert "0.5 cross-entropy + 0.5 T^2 KL(teacher || student), T = 2" in done.out
+    assert "0.1 cross-entropy + 0.9 T^2 KL(teacher || student), T = 1" in done.out
     assert "gap closed" in done.out
 
 
