@@ -8,7 +8,7 @@ import yaml
 
 from forgelm.config.schema import KdConfig
 from forgelm.config.validate import uses_teacher
-from forgelm.run.lifecycle import Run
+from forgelm.run.lifecycle import EXTENDING, Run
 from forgelm.tasks.prepare import TaskData
 
 
@@ -40,6 +40,9 @@ def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
             f"temperature {config.mode.temperature:g}"
         )
     lines += ["", *_table(results), "", "To repeat it:", "", "```", run.metadata["command"], "```"]
+    for made in run.metadata.get("extended", []):
+        further = [f"{key}={made[key][1]}" for key in EXTENDING if key in made]
+        lines[-1:] = [f"forgelm train resume=RUN {' '.join(further)}", "```"]
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n" + "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import shutil
@@ -17,9 +19,10 @@ from forgelm.config.validate import uses_teacher
 from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunError, RunInUse
 from forgelm.log import log, quiet_libraries, say, set_up, to_file
 from forgelm.resolve import Plan, resolve, sealed_plan, settle
-from forgelm.run.files import read_json, write_json, write_text
+from forgelm.run.files import read_json, readable, write_json, write_text
 from forgelm.run.lifecycle import Run, end_session, extend, is_complete, opened, start_session
 from forgelm.run.paths import RunPaths, checkpoint_step
+from forgelm.run.registry import unregister
 from forgelm.run.state import Stage, Status
 
 if TYPE_CHECKING:
@@ -78,17 +81,25 @@ def _run(plan: Plan) -> None:
             pipeline(run)
         except KeyboardInterrupt:
             end_session(run, Status.preempted, "Ctrl-C")
+            kept = run.state.latest_checkpoint or "its start, no checkpoint being written yet"
+            say(f"the same command, or resume={plan.paths.root}, goes on from {kept}")
             raise
         except ForgeError as error:
             # A complete run that can't be gone further with is as complete as before.
             status = Status.complete if run.state.pipeline_complete else Status.failed
             end_session(run, status, str(error))
+            if isinstance(error, ConfigError) and run.state.stage is Stage.setup:
+                unregister(run.output, run.run_id)
             _to_log_alone(run)
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            end_session(run, Status.failed, reason)
-            _to_log_alone(run)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                reason = f"no space left for {plan.paths.root}; the same command goes on after"
+            # On a full disk even this may fail, and must not hide the reason.
+            with contextlib.suppress(OSError):
+                end_session(run, Status.failed, reason)
+                _to_log_alone(run)
             raise RunError(f"{reason} (the traceback is in {plan.paths.log})") from error
         end_session(run, Status.complete, "complete")
 
@@ -401,6 +412,7 @@ def save_final(run: Run, model: PreTrainedModel, task: TaskData) -> None:
         model.save_pretrained(beside)
         task.collator.tokenizer.save_pretrained(beside)
         for file in sorted(beside.iterdir()):
+            readable(file)
             file.replace(run.paths.root / file.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from forgelm.config.identity import config_hash, differences
 from forgelm.config.schema import RunConfig, TeacherConfig, TeacherKind
 from forgelm.config.validate import check, uses_teacher
 from forgelm.errors import ConfigError
+from forgelm.log import say
 from forgelm.run.files import read_json
 from forgelm.run.find import find_run
 from forgelm.run.lifecycle import EXTENDING, is_complete, load_sealed, locate, seal
 from forgelm.run.paths import RunPaths
+from forgelm.run.state import Stage, Status, TrainingState, load_state
 
 _WITH_RESUME = {"resume", "debug", "output_root", *EXTENDING}
 
@@ -64,11 +67,23 @@ def _gone_on_with(config: RunConfig, overrides: Sequence[str]) -> Plan:
     plan = sealed_plan(find_run(str(config.resume), Path(config.output_root)).root)
     changes = {key: getattr(config, key) for key in EXTENDING if key in typed}
     extended = replace(plan.config, **changes, debug=config.debug)
-    problems = check(extended)
+    problems = [*check(extended), *_shortened(plan, changes)]
     if problems:
         raise ConfigError(problems)
     longer = any(getattr(plan.config, key) != value for key, value in changes.items())
     return replace(plan, config=extended, extends=longer)
+
+
+def _shortened(plan: Plan, changes: dict[str, Any]) -> list[str]:
+    """A run's past can't be undone: its goal may be set further, not nearer."""
+    state = load_state(plan.paths) or TrainingState()
+    steps, epochs = changes.get("max_steps"), changes.get("epochs")
+    problems = []
+    if steps is not None and steps < state.step:
+        problems.append(f"max_steps={steps}: the run is at step {state.step} already; give more")
+    if epochs is not None and epochs < plan.config.epochs:
+        problems.append(f"epochs={epochs:g}: the run has {plan.config.epochs:g}; give more")
+    return problems
 
 
 def settle(plan: Plan) -> Plan:
@@ -85,11 +100,22 @@ def settle(plan: Plan) -> Plan:
         return plan
     longer = all(line.partition(":")[0] in EXTENDING for line in found)
     if longer and read_json(plan.paths.metadata).get("extended"):
+        say(f"{plan.paths.root} was extended since ({'; '.join(found)})")
         return sealed
+    if _never_began(plan.paths):
+        plan.paths.config.unlink()
+        plan.paths.metadata.unlink(missing_ok=True)
+        return plan
     raise ConfigError(
         f"{plan.paths.root} holds a run with another config ({'; '.join(found[:5])}"
         f"{'; ...' if len(found) > 5 else ''}): give another run_name"
     )
+
+
+def _never_began(paths: RunPaths) -> bool:
+    """Whether the request in this directory was refused before anything was computed."""
+    state = load_state(paths)
+    return state is not None and (state.status, state.stage) == (Status.failed, Stage.setup)
 
 
 def _teacher(

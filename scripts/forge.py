@@ -92,7 +92,8 @@ def builds_on_config(path: Path) -> bool:
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())[:200]
         raise ConfigError(f"--config {path}: not a YAML mapping: {text}") from error
-    beside = [path.with_name(f"{name}.yaml") for name in defaults if name != path.stem]
+    defaults = [name.removeprefix("/") for name in defaults]
+    beside = [path.parent / f"{name}.yaml" for name in defaults if name != path.stem]
     return CONFIG_NAME in defaults or any(
         builds_on_config(file) for file in beside if file.is_file()
     )

@@ -28,7 +28,8 @@ def complete(hydra: Callable[[], object]) -> str:
     if words[-1].startswith("experiment="):
         return " ".join(name for name in _experiments(line) if name.startswith(words[-1]))
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    silent = contextlib.redirect_stderr(io.StringIO())
+    with silent, contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         hydra()
     choices = ["experiment=" if c == "experiment/" else c for c in said.getvalue().split()]
     if len(words) == 1:

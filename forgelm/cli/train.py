@@ -26,6 +26,7 @@ from forgelm.config.compose import (
     to_typed,
 )
 from forgelm.config.request import check_request, teacher_run
+from forgelm.config.schema import RunConfig
 from forgelm.errors import EXIT_OK, ConfigError, ForgeError, worst
 
 _codes: list[int] = []
@@ -65,6 +66,9 @@ def main(argv: Sequence[str]) -> int:
     shown_only = arguments.help or arguments.hydra_help or arguments.info is not None
     if arguments.overrides or not shown_only:
         points = check_request(_request(arguments))
+        if arguments.cfg == "job" and points[0].config.resume:
+            print(_sealed(points[0].config), end="")
+            return EXIT_OK
         if arguments.cfg:
             return _show(arguments, points[0].composed)
     _codes.clear()
@@ -73,6 +77,14 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_OK
     return worst(_codes)
+
+
+def _sealed(config: RunConfig) -> str:
+    """The config that a resumed run goes on with."""
+    from forgelm.run.find import find_run
+
+    paths = find_run(str(config.resume), Path(config.output_root))
+    return paths.config.read_text(encoding="utf-8")
 
 
 class _Composed(ConfigLoaderImpl):

@@ -198,7 +198,7 @@ def _file_problems(name: str, file: Path) -> Iterator[str]:
     prefix = {"_global_": "", None: group}.get(package and package.group(1), group)
     tree = schema_tree()
     for key, value in _file_leaves(content, f"{prefix}." if prefix else ""):
-        if key.split(".")[0] in ("hydra", "defaults"):
+        if key.split(".")[0] == "hydra" or key.removeprefix(f"{prefix}.") == "defaults":
             continue
         shown = (
             "null"

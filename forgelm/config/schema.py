@@ -284,7 +284,7 @@ class RunConfig:
     max_steps: int | None = option(None, min=1)
     """Optimizer steps; when set, overrides `epochs`."""
     epochs: float = option(3.0, above=0)
-    seed: int = option(42, min=0)
+    seed: int = option(42, min=0, max=2**32 - 1)
     run_name: str | None = option(None, decides=False)
     """Last folder of the run directory; null: the config's hash."""
     output_root: str = option("outputs", decides=False)

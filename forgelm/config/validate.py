@@ -27,6 +27,7 @@ from forgelm.redact import has_token
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 _REGRESSION_METRICS = frozenset({Metric.pearson, Metric.spearmanr, Metric.mse})
+_WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -64,7 +65,8 @@ def _value(key: str, value: Any, bounds: dict[str, Any]) -> Iterator[str]:
     texts = [
         text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
     ]
-    if any(has_token(text) for text in texts):
+    wandb_key = key.startswith("wandb.") and any(_WANDB_KEY.fullmatch(text) for text in texts)
+    if wandb_key or any(has_token(text) for text in texts):
         yield token_in(key)
         return
     if "" in texts:

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from forgelm.errors import RunError
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old content or the new, never a part."""
@@ -18,7 +20,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        readable(Path(name))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -31,7 +33,16 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file; raises RunError, naming the file, when it isn't one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: damaged, not JSON any more: {error}; restore it") from error
+
+
+def readable(path: Path) -> None:
+    """Give a file the rights that the user's umask allows; some libraries write for the owner."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
-from forgelm.errors import ConfigError
+from forgelm.errors import ConfigError, RunError
 from forgelm.run.files import read_json
 from forgelm.run.paths import RunPaths
 
@@ -41,5 +40,5 @@ def find_run(text: str, output_root: Path) -> RunPaths:
 def _run_id(run: Path) -> str | None:
     try:
         return str(read_json(RunPaths(run).metadata)["run_id"])
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, RunError, KeyError):
         return None

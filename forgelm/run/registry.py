@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from forgelm.run.files import write_json
 from forgelm.run.paths import OutputRoot, RunPaths
 
@@ -10,7 +12,7 @@ def register(output: OutputRoot, run_id: str, paths: RunPaths) -> None:
     """Note that the run isn't complete."""
     write_json(
         output.register / f"{run_id}.json",
-        {"run_id": run_id, "directory": str(paths.root.relative_to(output.root))},
+        {"run_id": run_id, "directory": os.path.relpath(paths.root, output.root)},
     )
 
 

@@ -131,6 +131,8 @@ def read_file(path: Path) -> Dataset:
     import pyarrow
     from datasets import Dataset
 
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
@@ -223,7 +225,13 @@ def text_rows(task: TaskConfig, path: Path, rows: Dataset) -> Dataset:
     """The task's text columns of own rows, as `text` and `text_pair`, for prediction."""
     from datasets import Dataset
 
-    _check_present(_text_columns(task), str(path), rows)
+    wanted = [name for name in _text_columns(task).values() if name is not None]
+    missing = [name for name in wanted if name not in rows.column_names]
+    if missing:
+        raise ConfigError(
+            f"{path}: has no column {' and no column '.join(missing)}, which the run reads, but "
+            f"{', '.join(rows.column_names)}; rename the column in the file"
+        )
     return Dataset.from_dict(_text_values(task, str(path), rows))
 
 
