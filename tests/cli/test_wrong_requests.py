@@ -336,9 +336,13 @@ REQUESTS: list[tuple[str, ...]] = [
         "-m mode=kd,sfx seed=1,-2 training.learning_rate=0,1e-3",
         "mode=sfx: no such mode; one of …; did you mean mode=sft?",
         "training.learning_rate=0.0: must be above 0",
-        "seed=-2: must be at least 0",
+        "seed=-2: must be at least 0 and at most 4294967295",
     ),
-    ("-m seed=range(-2,2)", "seed=-2: must be at least 0", "seed=-1: must be at least 0"),
+    (
+        "-m seed=range(-2,2)",
+        "seed=-2: must be at least 0 and at most 4294967295",
+        "seed=-1: must be at least 0 and at most 4294967295",
+    ),
     ("-m training.learning_rate=1e-3,abc", "training.learning_rate=abc: must be a number"),
     (
         "-m mode=sft,kd teacher=none seed=1,2",
@@ -356,7 +360,11 @@ REQUESTS: list[tuple[str, ...]] = [
     ("training.learning_rate=[1", f"'training.learning_rate=[1': {NOT_AN_OVERRIDE}"),
     ("training..fp16=true", f"'training..fp16=true': {NOT_AN_OVERRIDE}"),
     ('"wandb.project=\'two words"', f'"wandb.project=\'two words": {NOT_AN_OVERRIDE}'),
-    ("-m word seed=1,-1", f"'word': {NOT_AN_OVERRIDE}", "seed=-1: must be at least 0"),
+    (
+        "-m word seed=1,-1",
+        f"'word': {NOT_AN_OVERRIDE}",
+        "seed=-1: must be at least 0 and at most 4294967295",
+    ),
     # Hydra's own keys
     (
         "hydra.run.dirr=x",
@@ -378,7 +386,7 @@ REQUESTS: list[tuple[str, ...]] = [
     ("--config-dir own/primary.yaml", "--config-dir own/primary.yaml: no such folder"),
     ("--config-name nowhere", "…'nowhere'…"),
     ("train mode=kdd", "mode=kdd: no such mode; …; did you mean mode=kd?"),
-    ("seed=-1 --cfg job", "seed=-1: must be at least 0"),
+    ("seed=-1 --cfg job", "seed=-1: must be at least 0 and at most 4294967295"),
     # Own config files
     (
         "--config-dir own experiment=wrong",
@@ -392,7 +400,7 @@ REQUESTS: list[tuple[str, ...]] = [
         "--config-dir own experiment=wrong sed=1 seed=-1",
         *(["In 'experiment/wrong': …"] * 5),
         "sed=1: no such key; did you mean seed?",
-        "seed=-1: must be at least 0",
+        "seed=-1: must be at least 0 and at most 4294967295",
     ),
     (
         "--config-dir own experiment=out_of_range",
@@ -414,7 +422,7 @@ REQUESTS: list[tuple[str, ...]] = [
         "In 'wrong_primary': training.lr=0.1: no such key; did you mean training.learning_rate?",
         "In 'wrong_primary': training.fp16=maybe: must be true or false",
         "In 'wrong_primary': sed=3: no such key; did you mean seed?",
-        "seed=-1: must be at least 0",
+        "seed=-1: must be at least 0 and at most 4294967295",
     ),
     (
         "--config-dir own -cn primary training.lr=1",
@@ -424,7 +432,7 @@ REQUESTS: list[tuple[str, ...]] = [
         "-m --config-dir own experiment=out_of_range,right seed=1,-1",
         "training.learning_rate=-1.0: must be above 0",
         "epochs=0.0: must be above 0",
-        "seed=-1: must be at least 0",
+        "seed=-1: must be at least 0 and at most 4294967295",
     ),
     # Several at once
     (
@@ -434,7 +442,7 @@ REQUESTS: list[tuple[str, ...]] = [
         "~task: groups can't be removed; choose another with task=NAME",
         "nothing=1: no such key",
         "training.fp16=maybe: must be true or false",
-        "seed=-1: must be at least 0",
+        "seed=-1: must be at least 0 and at most 4294967295",
     ),
     (
         "lr=1 training.optim=adamm mode=kd mode.alpha=2 teacher=none run_name=a/b",
@@ -448,7 +456,7 @@ REQUESTS: list[tuple[str, ...]] = [
         "max_steps=0 epochs=0 seed=-1 training.fp16=true training.bf16=true",
         "max_steps=0: must be at least 1",
         "epochs=0.0: must be above 0",
-        "seed=-1: must be at least 0",
+        "seed=-1: must be at least 0 and at most 4294967295",
         "training.fp16=true and training.bf16=true: choose one",
     ),
 ]
@@ -457,7 +465,7 @@ REQUESTS: list[tuple[str, ...]] = [
 RANGES: list[tuple[str, str]] = [
     ("max_steps=0", "must be at least 1"),
     ("epochs=0.0", "must be above 0"),
-    ("seed=-1", "must be at least 0"),
+    ("seed=-1", "must be at least 0 and at most 4294967295"),
     ("task.max_length=3", "must be at least 4"),
     ("task.max_train_samples=0", "must be at least 1"),
     ("task.max_eval_samples=0", "must be at least 1"),
