@@ -82,7 +82,7 @@ def _value(key: str, value: Any, bounds: dict[str, Any]) -> Iterator[str]:
         "above": (operator.gt, "above"),
         "below": (operator.lt, "below"),
     }
-    wanted = [f"{words} {bounds[name]:.12g}" for name, (_, words) in tests.items() if name in bounds]
+    wanted = [f"{word} {bounds[name]:.12g}" for name, (_, word) in tests.items() if name in bounds]
     if any(name in bounds and not holds(value, bounds[name]) for name, (holds, _) in tests.items()):
         yield f"{key}={value}: must be {' and '.join(wanted)}"
     elif value in (float("inf"), float("-inf")):

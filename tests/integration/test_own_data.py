@@ -521,7 +521,7 @@ def test_predict_reports_as_one_json_document(
         (["--data", "own.csv", "--output", "own.csv"], ["would overwrite the data"]),
         (["--data", "none.csv"], ["none.csv: no such file"]),
         (["--data", "own.txt"], ["own.txt: must end in one of .csv"]),
-        (["--data", "other.csv"], ["other.csv: has no column text, which the run reads, but texts"]),
+        (["--data", "other.csv"], ["other.csv: has no column text, which the run reads"]),
         (["--data", "empty.csv"], ["empty.csv: the file has no rows"]),
         ([], ["--data"]),
     ],
