@@ -74,8 +74,6 @@ def test_every_shipped_config_composes_and_is_right(path: Path, tmp_path: Path) 
     rows.write_text("text,label\na,0\nb,1\n", encoding="utf-8")
     name = str(path.with_suffix(""))
     group, _, choice = name.rpartition("/") if name.startswith("hydra/") else name.partition("/")
-    if "submitit" in (conf_dir() / path).read_text(encoding="utf-8"):
-        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     needed = LEFT_TO_THE_USER.get(f"{group}/{choice}", [])
     overrides = [f"{group}={choice}"] if choice else []
     config = only(*overrides, *(word.format(rows=rows) for word in needed))
