@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -58,8 +59,12 @@ def forgelm(
     def call(*words: str) -> Result:
         capsys.readouterr()
         monkeypatch.setattr("sys.argv", ["forgelm", *words])
+        root = logging.getLogger()
+        before = list(root.handlers)
         code = main(list(words))
         said = capsys.readouterr()
+        # Some of Hydra's flags leave a handler behind that holds this test's stdout.
+        root.handlers[:] = [h for h in root.handlers if h in before]
         return Result(code, said.out, said.err)
 
     return call
