@@ -13,27 +13,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from forgelm.config.schema import TaskConfig
 from forgelm.errors import RunError
 from forgelm.log import say
-from forgelm.run.files import write_text
-from forgelm.run.lifecycle import Run
-from forgelm.run.paths import CHECKPOINT_PREFIX
-from forgelm.run.state import Stage
+from forgelm.run.files import keep_lines
 from forgelm.run.tracking import Tracker
-
-_RATES = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
-
-
-def without_rates(values: dict[str, Any]) -> dict[str, Any]:
-    """The values that a repeated run repeats: times and rates left out."""
-    return {k: v for k, v in values.items() if not k.endswith(_RATES)}
 
 
 class StepMetrics(TrainerCallback):
-    """Every logged step to `metrics.jsonl`, a line each, and to the tracker."""
+    """Every logged step to `metrics.jsonl`, a line each, and to the tracker.
 
-    def __init__(self, path: Path, tracker: Tracker, resumed_step: int) -> None:
+    Only the first `kept` lines of the file stay: those of steps that will be done again go.
+    """
+
+    def __init__(self, path: Path, tracker: Tracker, kept: int) -> None:
         self.path = path
         self.tracker = tracker
-        _keep_until(path, resumed_step)
+        self.lines = keep_lines(path, kept)
 
     def on_log(
         self,
@@ -43,9 +36,7 @@ class StepMetrics(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        values = without_rates(logs or {})
-        if not values or "train_loss" in values:
-            return
+        values = logs or {}
         loss = values.get("loss")
         if loss is not None and not math.isfinite(loss):
             raise RunError(
@@ -55,22 +46,8 @@ class StepMetrics(TrainerCallback):
         line = {"step": state.global_step, "time": round(time.time(), 3), **_json_ready(values)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.lines += 1
         self.tracker.log(state.global_step, {_group(k): v for k, v in values.items()})
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines past `step` (they will be logged again) and a line that a kill cut short."""
-    if not path.is_file():
-        write_text(path, "")
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step and step > 0:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-    write_text(path, "".join(kept))
 
 
 def _json_ready(values: dict[str, Any]) -> dict[str, Any]:
@@ -81,25 +58,6 @@ def _json_ready(values: dict[str, Any]) -> dict[str, Any]:
 
 def _group(name: str) -> str:
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-
-
-class CheckpointMarker(TrainerCallback):
-    """After a save: `latest_checkpoint` names it, and the run's state knows its step."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.run.update(stage=Stage.training, step=state.global_step, target=state.max_steps)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        name = f"{CHECKPOINT_PREFIX}{state.global_step}"
-        write_text(self.run.paths.latest_checkpoint, name + "\n")
-        self.run.update(step=state.global_step, latest_checkpoint=name)
 
 
 def peaks(path: Path, task: TaskConfig) -> dict[str, dict[str, Any]]:

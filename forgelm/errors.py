@@ -3,7 +3,9 @@
     ForgeError
     ├── ConfigError     the request is wrong                          EXIT_CONFIG_ERROR
     ├── RunError        it failed while running                       EXIT_TRAINING_ERROR
-    └── RunInUse        another process is in the run directory       EXIT_CONFIG_ERROR
+    ├── RunInUse        another process is in the run directory       EXIT_CONFIG_ERROR
+    ├── Stopped         stopped safely, to be gone on with            EXIT_STOPPED
+    └── RankFailed      a process of several ended so; it said why    the code of that process
 
 A message names the thing, the value given, what would be right and what to do, on one line.
 """
@@ -51,6 +53,20 @@ class RunInUse(ForgeError):
     """Another process holds the run directory."""
 
     exit_code = EXIT_CONFIG_ERROR
+
+
+class Stopped(ForgeError):
+    """Somebody asked the run to stop, and it did, with everything saved."""
+
+    exit_code = EXIT_STOPPED
+
+
+class RankFailed(ForgeError):
+    """One of the processes that ran a run together ended with this code and said why itself."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__("")
 
 
 def worst(codes: Iterable[int]) -> int:

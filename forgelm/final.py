@@ -40,15 +40,19 @@ def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
         )
     final = load_final(paths.root)
     task = prepare(config.task, rows, final.tokenizer, None, multiple_of=None)
-    return evaluate(
-        final.model,
-        task.eval,
-        task.collator,
-        config.training.per_device_eval_batch_size,
-        device_for(config.training),
-        config.task.metrics,
-        task.regression,
-    )
+    device = device_for(config.training)
+    return {
+        name: evaluate(
+            final.model,
+            split,
+            task.collator,
+            config.training.per_device_eval_batch_size,
+            device,
+            config.task.metrics,
+            task.regression,
+        )
+        for name, split in task.eval.items()
+    }
 
 
 def predict_file(paths: RunPaths, data: Path, output: Path) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import math
+import shlex
 import shutil
 import tempfile
 import time
@@ -14,16 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgelm import stop
 from forgelm.config.schema import KdConfig, Problem, RunConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
-from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunError, RunInUse
+from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunError, RunInUse, Stopped
+from forgelm.interrupt import point
+from forgelm.launch import together
 from forgelm.log import log, quiet_libraries, say, set_up, to_file
 from forgelm.resolve import Plan, resolve, sealed_plan, settle
+from forgelm.run.checkpoints import newest_whole, read_progress
 from forgelm.run.files import read_json, readable, write_json, write_text
-from forgelm.run.lifecycle import Run, end_session, extend, is_complete, opened, start_session
-from forgelm.run.paths import RunPaths, checkpoint_step
+from forgelm.run.lifecycle import (
+    Run,
+    end_session,
+    extend,
+    follower,
+    is_complete,
+    opened,
+    start_session,
+)
+from forgelm.run.paths import RunPaths
 from forgelm.run.registry import unregister
 from forgelm.run.state import Stage, Status
+from forgelm.world import join
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +50,7 @@ if TYPE_CHECKING:
     from forgelm.tasks.prepare import TaskData
 
 _WAIT_S = 2.0
+_POINTS = {Stage.evaluation_before: "evaluation_before", Stage.finalize: "finalize"}
 
 
 def start(
@@ -50,9 +65,10 @@ def start(
     if is_complete(plan.paths) and not plan.extends:
         say(f"{plan.paths.root} is complete; its results are in eval.json")
         return EXIT_OK
-    if plan.config.teacher.kind is TeacherKind.run:
-        _make_sure_of_teacher(RunPaths(Path(str(plan.config.teacher.run))))
-    _run(plan)
+    with stop.listening():
+        if plan.config.teacher.kind is TeacherKind.run:
+            _make_sure_of_teacher(RunPaths(Path(str(plan.config.teacher.run))))
+        _run(plan)
     return EXIT_OK
 
 
@@ -68,22 +84,36 @@ def _make_sure_of_teacher(paths: RunPaths) -> None:
             if not waiting:
                 say(f"waiting for the teacher: {busy}")
             waiting = True
+            stop.check()
             time.sleep(_WAIT_S)
 
 
 def _run(plan: Plan) -> None:
+    if plan.config.launch.ranks > 1:
+        together(plan, plan.config.launch.ranks, plan.paths.log)
+    else:
+        own(plan)
+
+
+def own(plan: Plan, distributed: bool = False) -> None:
     """Own the run's directory and work in it; leave the reason of every stop behind."""
     with (
         opened(plan.paths, plan.config, plan.digest, plan.overrides) as run,
         to_file(plan.paths.log),
     ):
         try:
-            pipeline(run)
+            pipeline(run, distributed)
         except KeyboardInterrupt:
             end_session(run, Status.preempted, "Ctrl-C")
-            kept = run.state.latest_checkpoint or "its start, no checkpoint being written yet"
-            say(f"the same command, or resume={plan.paths.root}, goes on from {kept}")
+            say(_how_to_go_on(run))
             raise
+        except Stopped as stopped:
+            end_session(run, Status.preempted, str(stopped))
+            say(f"stopped {stop.since():.1f} s after {stopped}; {_how_to_go_on(run)}")
+            raise Stopped(
+                f"stopped safely ({stopped}) at step {run.state.step}; to go on: forgelm resume "
+                f"{shlex.quote(str(plan.paths.root))}"
+            ) from stopped
         except ForgeError as error:
             # A complete run that can't be gone further with is as complete as before.
             status = Status.complete if run.state.pipeline_complete else Status.failed
@@ -95,13 +125,25 @@ def _run(plan: Plan) -> None:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                reason = f"no space left for {plan.paths.root}; the same command goes on after"
+                reason = (
+                    f"no space left for {plan.paths.root}; {_how_to_go_on(run)}, once there is some"
+                )
             # On a full disk even this may fail, and must not hide the reason.
             with contextlib.suppress(OSError):
                 end_session(run, Status.failed, reason)
                 _to_log_alone(run)
             raise RunError(f"{reason} (the traceback is in {plan.paths.log})") from error
         end_session(run, Status.complete, "complete")
+
+
+def follow(plan: Plan) -> None:
+    """Work as one of the ranks after the first."""
+    pipeline(follower(plan.config, plan.paths), distributed=True)
+
+
+def _how_to_go_on(run: Run) -> str:
+    kept = run.state.latest_checkpoint or "its start, no checkpoint being written yet"
+    return f"the same command, or forgelm resume {run.paths.root}, goes on from {kept}"
 
 
 def _to_log_alone(run: Run) -> None:
@@ -123,30 +165,57 @@ class Models:
     teacher: PreTrainedModel | None
 
 
-def pipeline(run: Run) -> None:
+def pipeline(run: Run, distributed: bool = False) -> None:
     """Everything between an open run directory and a complete one."""
     began = time.monotonic()
+    stop.check()
     quiet_libraries()
-    start_session(run)
+    if distributed:
+        run.world = join(run.config.training.use_cpu)
+    if run.world.first:
+        start_session(run)
+    run.share()
     from forgelm.callbacks import duration
     from forgelm.report import closing
-    from forgelm.run.tracking import start_tracking
 
-    tracker = start_tracking(run.config.wandb, run.paths, run.run_id, read_config(run))
+    tracker = track(run)
     code = 1
     try:
+        stop_here(run)
         task = prepare_task(run)
         extend(run)
+        stop_here(run)
         models = load_models(run, task)
         trainer = build_trainer(run, task, models)
-        say(opening_screen(run, task, models, trainer.args))
+        if run.world.first:
+            say(opening_screen(run, task, models, trainer.args))
         before = evaluate_before(run, task, models, trainer.args.device)
         train(run, task, trainer, tracker, before)
         results = finalize(run, task, trainer, tracker, before)
-        say(closing(run.config, run.paths.root, results, duration(time.monotonic() - began)))
+        if run.world.first:
+            say(closing(run.config, run.paths.root, results, duration(time.monotonic() - began)))
         code = 0
+    except Stopped:
+        tracker.preempting()
+        raise
     finally:
         tracker.finish(code)
+
+
+def track(run: Run) -> Tracker:
+    """W&B for the first rank, nothing for the others."""
+    from forgelm.run.tracking import Tracker, start_tracking
+
+    if not run.world.first:
+        return Tracker(None)
+    return start_tracking(run.config.wandb, run.paths, run.run_id, read_config(run))
+
+
+def stop_here(run: Run) -> None:
+    """Between two parts, where nothing is half-done: stop if that was asked for, all ranks."""
+    from forgelm.evaluate import stop_together
+
+    stop_together(run.world)
 
 
 def read_config(run: Run) -> dict[str, Any]:
@@ -178,13 +247,24 @@ def pin_revisions(run: Run) -> dict[str, str | None]:
 
 def prepare_task(run: Run) -> TaskData:
     """Tokenizers and rows; refuses to go on with other data than the run began with."""
+    config = run.config
+    if run.world.first:
+        pin_revisions(run)
+    run.share()
+    revisions = run.metadata["revisions"]
+    with run.world.first_then_others():
+        return _prepared(run, config, revisions)
+
+
+def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> TaskData:
     from forgelm.models.load import load_teacher_tokenizer, load_tokenizer
     from forgelm.modes.arguments import use_bf16
     from forgelm.tasks.prepare import prepare
     from forgelm.tasks.rows import load_rows
 
-    config, revisions = run.config, pin_revisions(run)
     rows = load_rows(config.task, revisions.get("dataset"))
+    point("preparation")
+    stop.check()
     known = run.metadata.get("data_fingerprint")
     if known not in (None, rows.fingerprint):
         raise ConfigError(
@@ -218,33 +298,49 @@ def load_models(run: Run, task: TaskData) -> Models:
 
 def build_trainer(run: Run, task: TaskData, models: Models) -> FinetuningTrainer:
     """The mode's trainer. Callbacks join it when training begins."""
-    from transformers.trainer_callback import PrinterCallback
-
-    from forgelm.evaluate import metrics_function
     from forgelm.modes.arguments import training_arguments
     from forgelm.modes.kd import DistillationTrainer
     from forgelm.modes.sft import FinetuningTrainer
+    from forgelm.training.trainer import Safety
 
     config = run.config
     best = f"eval_{config.task.validation_splits[0]}_{config.task.metrics[0]}"
     arguments = training_arguments(config, run.paths.root, best)
+
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        scores = {
+            split: measured(run, model, rows, task.collator, arguments.device)
+            for split, rows in task.eval.items()
+        }
+        return {
+            f"eval_{split}_{name}": math.nan if value is None else value
+            for split, values in scores.items()
+            for name, value in values.items()
+        }
+
+    def sealed(step: int) -> None:
+        run.update(step=step, latest_checkpoint=run.paths.checkpoint(step).name)
+
     parts: dict[str, Any] = {
         "model": models.student,
         "args": arguments,
         "train_dataset": task.train,
-        "eval_dataset": task.eval,
         "data_collator": task.collator,
-        "compute_metrics": metrics_function(config.task.metrics, task.regression),
-        "keep_best": config.training.load_best_model_at_end,
+        "safety": Safety(
+            paths=run.paths,
+            config_hash=run.metadata["config_hash"],
+            target=total_steps(config, len(task.train)),
+            training=config.training,
+            world=run.world,
+            seed=config.seed,
+            measure=measure,
+            check_ownership=run.check_ownership,
+            sealed=sealed,
+        ),
     }
     if isinstance(config.mode, KdConfig):
-        trainer: FinetuningTrainer = DistillationTrainer(
-            **parts, mode=config.mode, teacher=models.teacher
-        )
-    else:
-        trainer = FinetuningTrainer(**parts)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+        return DistillationTrainer(**parts, mode=config.mode, teacher=models.teacher)
+    return FinetuningTrainer(**parts)
 
 
 def opening_screen(run: Run, task: TaskData, models: Models, arguments: TrainingArguments) -> str:
@@ -268,40 +364,60 @@ def evaluate_before(
     run: Run, task: TaskData, models: Models, device: torch.device
 ) -> dict[str, Any] | None:
     """The student as it starts, and the teacher; what an earlier start measured is kept."""
-    if run.paths.eval.is_file():
-        known: dict[str, Any] | None = read_json(run.paths.eval)["before"]
-        return known
+    before: dict[str, Any] | None = known_evaluations(run)["before"]
     if not run.config.eval.before_training:
-        return None
-    run.update(stage=Stage.evaluation_before)
-    before = {"student": measured(run, models.student, task.eval, task.collator, device)}
+        return before
+    before = before or {}
+    parts = [("student", models.student, task.eval, task.collator)]
     if models.teacher is not None:
-        before["teacher"] = measured(
-            run, models.teacher, task.teacher_eval, task.teacher_collator, device
-        )
-    write_json(run.paths.eval, evaluations(run.config, before, None, None))
+        parts.append(("teacher", models.teacher, task.teacher_eval, task.teacher_collator))
+    for who, model, splits, collator in parts:
+        for split, rows in splits.items():
+            if split in before.get(who, {}):
+                continue
+            if run.state.stage is Stage.setup:
+                run.update(stage=Stage.evaluation_before)
+            scores = measured(run, model, rows, collator, device)
+            before = {**before, who: {**before.get(who, {}), split: scores}}
+            keep_evaluations(run, before=before)
     return before
 
 
+def known_evaluations(run: Run) -> dict[str, Any]:
+    """What `eval.json` holds so far, the same on every rank."""
+    return run.world.share(_evaluations_on_disk(run) if run.world.first else {})
+
+
+def _evaluations_on_disk(run: Run) -> dict[str, Any]:
+    if run.paths.eval.is_file():
+        known: dict[str, Any] = read_json(run.paths.eval)
+        return known
+    return evaluations(run.config, None, None, None)
+
+
+def keep_evaluations(run: Run, **parts: Any) -> None:
+    """Write what was measured now beside what `eval.json` holds."""
+    if run.world.first:
+        write_json(run.paths.eval, _evaluations_on_disk(run) | parts)
+
+
 def measured(
-    run: Run,
-    model: PreTrainedModel,
-    splits: dict[str, Dataset],
-    collator: Collator,
-    device: torch.device,
-) -> dict[str, dict[str, float | None]]:
-    """A model on the run's evaluation splits."""
+    run: Run, model: PreTrainedModel, rows: Dataset, collator: Collator, device: torch.device
+) -> dict[str, float | None]:
+    """A model on one of the run's evaluation splits, by all ranks together."""
     from forgelm.evaluate import evaluate
 
     task, training = run.config.task, run.config.training
     return evaluate(
         model,
-        splits,
+        rows,
         collator,
         training.per_device_eval_batch_size,
         device,
         task.metrics,
         regression=task.problem is Problem.regression,
+        world=run.world,
+        name=_POINTS.get(run.state.stage, "evaluation"),
     )
 
 
@@ -323,29 +439,53 @@ def train(
     tracker: Tracker,
     before: dict[str, Any] | None,
 ) -> None:
-    """The training loop, from the latest checkpoint if there is one."""
+    """The training loop, from the newest checkpoint that verifies if there is one."""
     from transformers import set_seed
 
-    from forgelm.callbacks import CheckpointMarker, Progress, StepMetrics, TeacherPeak, peaks
+    from forgelm.callbacks import Progress, StepMetrics, TeacherPeak, peaks
 
-    config = run.config
-    checkpoint = latest_checkpoint(run.paths)
-    step = 0 if checkpoint is None else checkpoint_step(checkpoint)
-    target = total_steps(config, len(task.train))
-    teacher = (before or {}).get("teacher")
-    metrics = StepMetrics(run.paths.metrics, tracker, step)
-    peak = TeacherPeak(config.task, peaks(run.paths.metrics, config.task), teacher)
-    for callback in (metrics, CheckpointMarker(run), peak, Progress()):
-        trainer.add_callback(callback)
+    config, target = run.config, trainer.safety.target
+    checkpoint = run.world.share(choose_checkpoint(run) if run.world.first else None)
+    step = 0
     if checkpoint is not None:
-        say(f"going on from {checkpoint.name} of {target} steps")
+        progress = read_progress(checkpoint)
+        step = progress.step
+        if progress.ranks != run.world.size:
+            raise ConfigError(
+                f"{run.paths.root} was trained by {progress.ranks} rank(s) so far, and this start "
+                f"has {run.world.size}: give launch.ranks_per_node={progress.ranks}"
+            )
+    if run.world.first:
+        teacher = (before or {}).get("teacher")
+        kept = 0 if checkpoint is None else progress.metrics_lines
+        metrics = StepMetrics(run.paths.metrics, tracker, kept)
+        trainer.lines_written = lambda: metrics.lines
+        peak = TeacherPeak(config.task, peaks(run.paths.metrics, config.task), teacher)
+        for callback in (metrics, peak, Progress()):
+            trainer.add_callback(callback)
+        if checkpoint is not None:
+            say(f"going on from {checkpoint.name} of {target} steps")
+    run.update(stage=Stage.training, step=step, target=target)
     # What was evaluated before must not decide what is drawn in training.
-    set_seed(config.seed)
-    if checkpoint is not None and step >= target:
-        restore_finished(trainer, checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    run.update(stage=Stage.finalize, step=trainer.state.global_step, target=target)
+    set_seed(config.seed + run.world.rank)
+    trainer.go_on(checkpoint)
+    if trainer.stopped is not None and not trainer.finished:
+        raise Stopped(trainer.stopped)
+    run.update(stage=Stage.finalize, step=trainer.state.global_step)
+
+
+def choose_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint that verifies; `latest_checkpoint` and the state are made to agree."""
+    keeps_best = run.config.training.load_best_model_at_end
+    found = newest_whole(run.paths, run.metadata["config_hash"], keeps_best)
+    if found is None:
+        if run.state.latest_checkpoint is not None:
+            log.warning("no checkpoint of this run can be used: training starts over")
+        run.paths.latest_checkpoint.unlink(missing_ok=True)
+    elif run.paths.marked() != found.name:
+        write_text(run.paths.latest_checkpoint, found.name + "\n")
+    run.update(latest_checkpoint=None if found is None else found.name)
+    return found
 
 
 def total_steps(config: RunConfig, rows: int) -> int:
@@ -353,29 +493,10 @@ def total_steps(config: RunConfig, rows: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     training = config.training
-    size = training.per_device_train_batch_size
+    size = training.per_device_train_batch_size * config.launch.ranks
     batches = rows // size if training.dataloader_drop_last else math.ceil(rows / size)
     each = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     return math.ceil(config.epochs * each)
-
-
-def latest_checkpoint(paths: RunPaths) -> Path | None:
-    """The checkpoint that the marker names, else the newest that the trainer finished writing."""
-    marked = []
-    if paths.latest_checkpoint.is_file():
-        marked = [paths.root / paths.latest_checkpoint.read_text(encoding="utf-8").strip()]
-    for checkpoint in [*marked, *paths.checkpoints()]:
-        if (checkpoint / "trainer_state.json").is_file():
-            return checkpoint
-    return None
-
-
-def restore_finished(trainer: FinetuningTrainer, checkpoint: Path) -> None:
-    """Load the weights and state of a training that had reached its end."""
-    from transformers import TrainerState
-
-    trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def finalize(
@@ -390,18 +511,30 @@ def finalize(
     from forgelm.card import model_card
 
     config = run.config
-    if config.training.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        trainer._load_best_model()
-        say(f"the best weights are those of step {trainer.state.best_global_step}")
-    model = trainer.model
-    save_final(run, model, task)
-    device = trainer.args.device
-    after = {"student": measured(run, model, task.eval, task.collator, device)}
-    results = evaluations(config, before, after, peaks(run.paths.metrics, config.task))
-    write_json(run.paths.eval, results)
-    write_text(run.paths.root / "README.md", model_card(run, task, results))
-    tracker.summarize({"eval": results, "run_metadata": {**run.metadata, "sessions": None}})
-    run.update(stage=Stage.done, pipeline_complete=True)
+    best = trainer.state.best_global_step
+    if config.training.load_best_model_at_end and best:
+        trainer.load_weights(run.paths.checkpoint(best))
+        if run.world.first:
+            say(f"the best weights are those of step {best}")
+    # Off with mixed precision: what is measured is what from_pretrained gives.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    stop_here(run)
+    if run.world.first:
+        save_final(run, model, task)
+    after = (known_evaluations(run)["after"] or {}).get("student", {})
+    for split, rows in task.eval.items():
+        if split not in after:
+            scores = measured(run, model, rows, task.collator, trainer.args.device)
+            after = {**after, split: scores}
+            keep_evaluations(run, after={"student": after})
+    stop_here(run)
+    results = evaluations(config, before, {"student": after}, None)
+    if run.world.first:
+        results["peak"] = peaks(run.paths.metrics, config.task)
+        write_json(run.paths.eval, results)
+        write_text(run.paths.root / "README.md", model_card(run, task, results))
+        tracker.summarize({"eval": results, "run_metadata": {**run.metadata, "sessions": None}})
+        run.update(stage=Stage.done, pipeline_complete=True)
     return results
 
 
@@ -413,6 +546,7 @@ def save_final(run: Run, model: PreTrainedModel, task: TaskData) -> None:
         task.collator.tokenizer.save_pretrained(beside)
         for file in sorted(beside.iterdir()):
             readable(file)
+            point("finalize")
             file.replace(run.paths.root / file.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from forgelm.config.schema import KdConfig, RunConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
+from forgelm.drill import Outcome
 from forgelm.tasks.prepare import TaskData
 
 _RULE = "-" * 72
@@ -75,6 +77,27 @@ def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str
 def table(rows: list[tuple[str, ...]]) -> str:
     """Aligned columns; the first row is the header."""
     return "\n".join(_aligned(rows))
+
+
+def drill_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """The table of a drill, header first."""
+    header = ("interrupted in", "by", "steps lost", "s to durable", "weights", "metrics", "data")
+    return [header, *map(_drill_cells, outcomes)]
+
+
+def drill_row(outcome: Outcome) -> str:
+    """One outcome in a line."""
+    verdict = "same bytes" if outcome.holds else f"DIFFERS {'; '.join(outcome.problems)}".rstrip()
+    return f"{outcome.case.title}, {outcome.case.signal}: {verdict}"
+
+
+def _drill_cells(outcome: Outcome) -> tuple[str, ...]:
+    case, durable = outcome.case, outcome.durable
+    same = [
+        "same" if held else "OTHER" for held in (outcome.weights, outcome.metrics, outcome.data)
+    ]
+    seconds = "-" if durable is None else f"{durable:.1f}"
+    return (case.title, case.signal, str(outcome.lost), seconds, *same)
 
 
 def _near(root: Path) -> str:

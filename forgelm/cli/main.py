@@ -19,6 +19,8 @@ from forgelm.redact import redact
 
 COMMANDS = {
     "train": "compose a config and run it (the default command)",
+    "resume": "go on with runs, from the configs that they were sealed with",
+    "drill": "prove that a config can be interrupted and ends with the same bytes",
     "evaluate": "evaluate a run's final model on its task's splits",
     "predict": "apply a run's final model to own rows, written as a file",
 }

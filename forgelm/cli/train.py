@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from forgelm import stop
 from forgelm.cli.main import complain, crash
 from forgelm.config.compose import (
     CONFIG_NAME,
@@ -27,7 +28,7 @@ from forgelm.config.compose import (
 )
 from forgelm.config.request import check_request, teacher_run
 from forgelm.config.schema import RunConfig
-from forgelm.errors import EXIT_OK, ConfigError, ForgeError, worst
+from forgelm.errors import EXIT_OK, EXIT_STOPPED, ConfigError, ForgeError, worst
 
 _codes: list[int] = []
 
@@ -37,6 +38,9 @@ def job(composed: DictConfig) -> int:
     """One run, as Hydra starts it, alone or as a point of a sweep; returns its exit code."""
     from forgelm.pipeline import start
 
+    if stop.requested() is not None:
+        _codes.append(EXIT_STOPPED)
+        return EXIT_STOPPED
     settings = HydraConfig.get()
     config = to_typed(composed)
     try:
@@ -73,9 +77,10 @@ def main(argv: Sequence[str]) -> int:
             return _show(arguments, points[0].composed)
     _codes.clear()
     try:
-        job()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else EXIT_OK
+        with stop.listening():
+            job()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_OK
     return worst(_codes)
 
 
@@ -107,8 +112,8 @@ def _show(arguments: argparse.Namespace, composed: DictConfig) -> int:
             arguments.package,
             arguments.resolve,
         )
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else EXIT_OK
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_OK
     return EXIT_OK
 
 
@@ -122,6 +127,11 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
+def request_from(argv: Sequence[str]) -> Request:
+    """What overrides and Hydra's flags ask for, for commands that compose as train does."""
+    return _request(_parse(argv))
+
+
 def _complete(overrides: list[str]) -> int:
     from forgelm.cli.complete import complete
 
@@ -131,8 +141,8 @@ def _complete(overrides: list[str]) -> int:
         return EXIT_OK
     try:
         job()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else EXIT_OK
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_OK
     return EXIT_OK
 
 

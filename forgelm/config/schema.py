@@ -82,6 +82,14 @@ class Interval(NamedEnum):
     epoch = "epoch"
 
 
+class SaveInterval(NamedEnum):
+    no = "no"
+    steps = "steps"
+    epoch = "epoch"
+    minutes = "minutes"
+    auto = "auto"
+
+
 class WandbMode(NamedEnum):
     online = "online"
     offline = "offline"
@@ -246,10 +254,24 @@ class TrainingConfig:
     eval_steps: int | None = option(None, min=1)
     load_best_model_at_end: bool = False
     """End with the weights of the best evaluation instead of the last step's."""
+    early_stopping_patience: int | None = option(None, min=1)
+    """Stop after this many evaluations in a row without a new best."""
+    early_stopping_threshold: float = option(0.0, min=0)
+    """By how much a new best must be better to count."""
     logging_steps: int = option(20, min=1, decides=False)
     logging_first_step: bool = option(False, decides=False)
-    save_strategy: Interval = option(Interval.steps, decides=False)
-    save_steps: int = option(500, min=1, decides=False)
+    save_strategy: SaveInterval | None = option(None, decides=False)
+    """Null: steps where save_steps is given, minutes where save_minutes is, else auto: as often as
+    save_overhead allows by what saving was measured to cost. A stop and the last step always save;
+    with no, nothing else does."""
+    save_steps: int | None = option(None, min=1, decides=False)
+    save_minutes: float | None = option(None, above=0, decides=False)
+    save_overhead: float = option(0.02, above=0, max=1, decides=False)
+    """Share of the time that saving may take, for auto."""
+    save_in_background: bool = option(True, decides=False)
+    """Copy the state to memory and write it while training goes on; needs that memory once more."""
+    record_batches: bool = option(False, decides=False)
+    """Write a hash of what each step was trained on to `batches-RANK.jsonl`."""
     save_total_limit: int | None = option(2, min=1, decides=False)
     """Checkpoints kept; the best and the latest always are."""
 
@@ -258,6 +280,19 @@ class TrainingConfig:
 class EvalConfig:
     before_training: bool = option(True, decides=False)
     """Evaluate the student as it starts, and the teacher."""
+
+
+@dataclass
+class LaunchConfig:
+    """How many processes train together, each with a part of every batch."""
+
+    nodes: int = option(1, min=1)
+    ranks_per_node: int = option(1, min=1)
+    """Processes on each machine: one a GPU, or any number on CPU."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
 
 
 @dataclass
@@ -271,7 +306,7 @@ class WandbConfig:
 
 @dataclass
 class RunConfig:
-    """One run. Groups: task, model, teacher, mode; sections: training, eval, wandb."""
+    """One run. Groups: task, model, teacher, mode; sections: training, eval, launch, wandb."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -280,6 +315,7 @@ class RunConfig:
     """SftConfig or KdConfig."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig, metadata={"decides": False})
     wandb: WandbConfig = field(default_factory=WandbConfig, metadata={"decides": False})
     max_steps: int | None = option(None, min=1)
     """Optimizer steps; when set, overrides `epochs`."""

@@ -20,6 +20,7 @@ from forgelm.config.schema import (
     Metric,
     Problem,
     RunConfig,
+    SaveInterval,
     TeacherKind,
 )
 from forgelm.redact import has_token
@@ -271,17 +272,44 @@ def _training(config: RunConfig) -> Iterator[str]:
             f"training.eval_steps={training.eval_steps} is only read with "
             "training.eval_strategy=steps"
         )
-    if training.load_best_model_at_end:
-        for key in ("eval_strategy", "save_strategy"):
-            if getattr(training, key) is Interval.no:
-                yield (
-                    f"training.load_best_model_at_end=true with training.{key}=no: "
-                    f"set training.{key}=epoch or steps"
-                )
+    for key, used in (
+        ("load_best_model_at_end=true", training.load_best_model_at_end),
+        (
+            f"early_stopping_patience={training.early_stopping_patience}",
+            training.early_stopping_patience is not None,
+        ),
+    ):
+        if used and training.eval_strategy is Interval.no:
+            yield (
+                f"training.{key} with training.eval_strategy=no: "
+                "set training.eval_strategy=epoch or steps"
+            )
+    if training.save_steps is not None and training.save_minutes is not None:
+        yield (
+            f"training.save_steps={training.save_steps} and "
+            f"training.save_minutes={training.save_minutes:g}: give one of them"
+        )
+    for key, strategy in (
+        ("save_steps", SaveInterval.steps),
+        ("save_minutes", SaveInterval.minutes),
+    ):
+        value = getattr(training, key)
+        if value is not None and training.save_strategy not in (None, strategy):
+            yield (
+                f"training.{key}={value} is only read with training.save_strategy={strategy}, "
+                f"not {training.save_strategy}"
+            )
+    if training.save_strategy is SaveInterval.minutes and training.save_minutes is None:
+        yield "training.save_strategy=minutes needs training.save_minutes: give the minutes"
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         yield (
             "training.dataloader_persistent_workers=true needs training.dataloader_num_workers "
             "of 1 or more"
+        )
+    if config.launch.nodes > 1:
+        yield (
+            f"launch.nodes={config.launch.nodes}: one machine has one node; several need a "
+            "scheduler, which this launcher doesn't have"
         )
     heads = tiny.num_attention_heads
     if config.model.path is None and heads > 0 and tiny.hidden_size % heads:

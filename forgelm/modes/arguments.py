@@ -13,8 +13,25 @@ from transformers import TrainingArguments
 from forgelm.config.schema import RunConfig, TrainingConfig
 from forgelm.models.load import bf16_native
 
-# Ours alone: the trainer would tie the best checkpoint to the saving cadence.
-_NOT_PASSED = {"load_best_model_at_end", "bf16", "use_cpu"}
+# Decided by our own trainer, or known to the stock one by other names.
+_NOT_PASSED = {
+    "bf16",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "eval_steps",
+    "eval_strategy",
+    "load_best_model_at_end",
+    "record_batches",
+    "save_in_background",
+    "save_minutes",
+    "save_overhead",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "use_cpu",
+}
 
 
 def training_arguments(config: RunConfig, root: Path, best_metric: str) -> TrainingArguments:
@@ -30,6 +47,11 @@ def training_arguments(config: RunConfig, root: Path, best_metric: str) -> Train
         num_train_epochs=config.epochs,
         seed=config.seed,
         metric_for_best_model=best_metric,
+        # The stock trainer never saves by this; it notes the step of the best only with it.
+        save_strategy="steps",
+        # Without it the buckets are rebuilt after a start's first step, and sums come out in
+        # another order than without the restart.
+        ddp_find_unused_parameters=True,
         greater_is_better=config.task.greater_is_better,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

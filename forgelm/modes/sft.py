@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from forgelm.losses import task_loss
+from forgelm.training.trainer import Exact
 
 
-class FinetuningTrainer(Trainer):
-    """Hugging Face's Trainer with the loss divided by the examples of the whole optimizer step."""
+class FinetuningTrainer(Exact):
+    """The loss is divided by the examples of the whole optimizer step."""
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, keep_best: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Makes the trainer count the examples of an optimizer step, whatever the model's signature.
         self.model_accepts_loss_kwargs = True
-        self.keep_best = keep_best
 
     def compute_loss(
         self,
@@ -43,13 +42,6 @@ class FinetuningTrainer(Trainer):
     ) -> torch.Tensor:
         """Where a mode adds its own to the task's loss (a sum over the batch)."""
         return loss
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """A new best is saved at once, so that the saving cadence doesn't decide which is best."""
-        best: bool = super()._determine_best_metric(metrics, trial)
-        if best and self.keep_best:
-            self.control.should_save = True
-        return best
 
 
 def student_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from typing import Any
 
 from forgelm.errors import RunError
 
+HALF_WRITTEN = ".part"
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=HALF_WRITTEN)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -25,6 +27,27 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        # Some network file systems have no fsync for folders; their renames are durable as such.
+        pass
+    finally:
+        os.close(handle)
+
+
+def keep_lines(path: Path, count: int) -> int:
+    """Cut a file to its first `count` lines, made if it isn't there; returns how many it has."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = lines[:count]
+    if kept != lines or not path.is_file():
+        write_text(path, "".join(kept))
+    return len(kept)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -40,12 +63,16 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path}: damaged, not JSON any more: {error}; restore it") from error
 
 
-def readable(path: Path) -> None:
-    """Give a file the rights that the user's umask allows; some libraries write for the owner."""
-    path.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# Read once, while there is one thread: asking for the umask means changing it.
+_UMASK = _read_umask()
+
+
+def readable(path: Path) -> None:
+    """Give a file the rights that the user's umask allows; some libraries write for the owner."""
+    path.chmod(0o666 & ~_UMASK)

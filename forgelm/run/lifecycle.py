@@ -11,29 +11,34 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from forgelm import stop
 from forgelm.config.compose import to_typed
 from forgelm.config.identity import config_hash
 from forgelm.config.schema import MODES, RunConfig
 from forgelm.errors import ConfigError
+from forgelm.run.checkpoints import sweep_leftovers
 from forgelm.run.files import read_json, write_json, write_text
-from forgelm.run.lock import owned
+from forgelm.run.lock import Ownership, owned
 from forgelm.run.metadata import command_line, git, machine, now, versions
 from forgelm.run.paths import OutputRoot, RunPaths
 from forgelm.run.registry import register, unregister
 from forgelm.run.state import Status, TrainingState, load_state
+from forgelm.world import ALONE, World
 
 EXTENDING = ("max_steps", "epochs")
 
 
 @dataclass
 class Run:
-    """An open run: this process alone may write into its directory."""
+    """An open run. One process may write into its directory: the first of its world."""
 
     config: RunConfig
     paths: RunPaths
     output: OutputRoot
     state: TrainingState
     metadata: dict[str, Any]
+    ownership: Ownership | None = None
+    world: World = ALONE
 
     @property
     def run_id(self) -> str:
@@ -42,12 +47,23 @@ class Run:
     def update(self, **changes: Any) -> None:
         """Change the run's state, on disk too."""
         self.state = replace(self.state, **changes)
-        self.state.save(self.paths)
+        if self.ownership is not None:
+            self.state.save(self.paths)
 
     def note(self, **facts: Any) -> None:
         """Add facts to the metadata, on disk too."""
         self.metadata |= facts
-        write_json(self.paths.metadata, self.metadata)
+        if self.ownership is not None:
+            write_json(self.paths.metadata, self.metadata)
+
+    def share(self) -> None:
+        """Give every rank what the first one knows of the run."""
+        self.state, self.metadata = self.world.share((self.state, self.metadata))
+
+    def check_ownership(self) -> None:
+        """Raise RunError when another process has taken the directory over."""
+        if self.ownership is not None:
+            self.ownership.check()
 
 
 def locate(config: RunConfig, in_sweep: bool) -> RunPaths:
@@ -121,6 +137,10 @@ def extend(run: Run) -> None:
     if not change:
         return
     run.note(extended=[*run.metadata.get("extended", []), {"at": now(), **change}])
+    if run.ownership is None:
+        return
+    if run.paths.eval.is_file():
+        write_json(run.paths.eval, read_json(run.paths.eval) | {"after": None, "peak": None})
     write_text(run.paths.config, OmegaConf.to_yaml(OmegaConf.structured(run.config)))
     run.update(pipeline_complete=False)
 
@@ -133,10 +153,11 @@ def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]
         RunInUse: another process is in it.
     """
     output = OutputRoot(Path(config.output_root))
-    with owned(paths):
+    with owned(paths) as ownership:
+        sweep_leftovers(paths)
         seal(paths, config, digest, overrides)
         metadata, state = read_json(paths.metadata), load_state(paths) or TrainingState()
-        run = Run(config, paths, output, state, metadata)
+        run = Run(config, paths, output, state, metadata, ownership)
         register(output, run.run_id, paths)
         if metadata["sessions"]:
             run.update(restarts=run.state.restarts + 1)
@@ -146,6 +167,11 @@ def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]
         finally:
             if run.state.pipeline_complete:
                 unregister(output, run.run_id)
+
+
+def follower(config: RunConfig, paths: RunPaths) -> Run:
+    """The run as a rank other than the first sees it, until the first shares what it knows."""
+    return Run(config, paths, OutputRoot(Path(config.output_root)), TrainingState(), {})
 
 
 def start_session(run: Run) -> None:
@@ -171,6 +197,8 @@ def end_session(run: Run, status: Status, reason: str) -> None:
     sessions = run.metadata["sessions"]
     if sessions:
         sessions[-1] |= {"stopped": now(), "reason": reason, "to_step": run.state.step}
+        if stop.requested() is not None:
+            sessions[-1]["seconds_to_stop"] = round(stop.since(), 2)
     run.note(sessions=sessions)
     run.update(status=status)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from forgelm.run.files import HALF_WRITTEN
+
 CHECKPOINT_PREFIX = "checkpoint-"
 
 
@@ -38,6 +40,9 @@ class RunPaths:
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
+    def batches(self, rank: int) -> Path:
+        return self.root / f"batches-{rank}.jsonl"
+
     @property
     def eval(self) -> Path:
         return self.root / "eval.json"
@@ -45,6 +50,20 @@ class RunPaths:
     @property
     def lock(self) -> Path:
         return self.root / ".lock"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.root / f"{CHECKPOINT_PREFIX}{step}"
+
+    def marked(self) -> str | None:
+        """The checkpoint that `latest_checkpoint` names."""
+        if not self.latest_checkpoint.is_file():
+            return None
+        return self.latest_checkpoint.read_text(encoding="utf-8").strip()
+
+    def leftovers(self) -> list[Path]:
+        """What a killed process may have left half-written or half-deleted."""
+        patterns = (f".*{HALF_WRITTEN}", f".{CHECKPOINT_PREFIX}*.old", ".final-*")
+        return [path for pattern in patterns for path in self.root.glob(pattern)]
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint folders, the newest step first."""

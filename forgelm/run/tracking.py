@@ -24,6 +24,11 @@ class Tracker:
         if self._run is not None:
             self._run.summary.update(values)
 
+    def preempting(self) -> None:
+        """Say that this run was stopped and will be gone on with."""
+        if self._run is not None:
+            self._run.mark_preempting()
+
     def finish(self, exit_code: int) -> None:
         if self._run is not None:
             self._run.finish(exit_code=exit_code)

@@ -1,0 +1,189 @@
+"""Checkpoints that are whole or not there: sealed by a manifest, checked before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forgelm import __version__
+from forgelm.log import log
+from forgelm.run.files import flush_folder, readable, write_text
+from forgelm.run.paths import RunPaths, checkpoint_step
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+
+_YOUNG_S = 60
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint knows beside the trainer's own state.
+
+    `metrics_lines` counts the lines of `metrics.jsonl` at the time. `line` holds the values of this
+    step that aren't in that file yet, because its evaluation is still `pending`. `finished` means
+    that training ended here, whatever the target.
+    """
+
+    config_hash: str
+    step: int
+    target: int
+    ranks: int
+    metrics_lines: int
+    line: dict[str, Any] = field(default_factory=dict)
+    pending: bool = False
+    finished: bool = False
+    evaluations_without_gain: int = 0
+    best_step: int | None = None
+    format: int = FORMAT
+    forgelm: str = __version__
+
+
+def write_checkpoint(
+    paths: RunPaths, progress: Progress, write_files: Callable[[Path], None]
+) -> Path:
+    """Write a checkpoint aside, flush it, seal it and rename it into place; returns the folder.
+
+    Only then does `latest_checkpoint` name it. A folder of that name is replaced: it is one that
+    didn't verify. After an error nothing of the new one is left.
+    """
+    final = paths.checkpoint(progress.step)
+    beside = paths.root / f".{final.name}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        write_files(beside)
+        (beside / PROGRESS).write_text(json.dumps(asdict(progress), indent=2), encoding="utf-8")
+        _seal(beside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(beside, final)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    flush_folder(paths.root)
+    write_text(paths.latest_checkpoint, final.name + "\n")
+    return final
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {}
+    for path in files:
+        readable(path)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        name = path.relative_to(folder).as_posix()
+        listed[name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
+    manifest: dict[str, Any] = {"format": FORMAT, "files": listed}
+    manifest["seal"] = _own_hash(manifest)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    for inner in {path.parent for path in files}:
+        flush_folder(inner)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    kept = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None: all are there and as they were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} is of format {manifest['format']}, and this forgelm reads {FORMAT}"
+        if manifest["seal"] != _own_hash(manifest):
+            return f"{MANIFEST} was altered"
+        listed = manifest["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} can't be read"
+    for name, wanted in listed.items():
+        try:
+            found = (folder / name).stat().st_size
+            if found != wanted["size"]:
+                return f"{name} has {found} bytes instead of {wanted['size']}"
+            if file_hash(folder / name) != wanted["sha256"]:
+                return f"{name} was altered"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return None
+
+
+def read_progress(folder: Path) -> Progress:
+    """The progress of a checkpoint that verified."""
+    return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+
+
+def newest_whole(paths: RunPaths, config_hash: str, keeps_best: bool) -> Path | None:
+    """The newest checkpoint that verifies and belongs to this run; the others are named in the log.
+
+    With `keeps_best` one that refers to a best checkpoint which isn't whole is passed over too:
+    training from an earlier one makes the best again.
+    """
+    wrong: dict[int, str] = {}
+    for folder in paths.checkpoints():
+        found = damage(folder)
+        if found is None:
+            found = _unfit(read_progress(folder), paths, config_hash, keeps_best)
+        if found is None:
+            return folder
+        wrong[checkpoint_step(folder)] = found
+        log.warning("%s can't be used: %s; trying the one before", folder.name, found)
+    return None
+
+
+def _unfit(progress: Progress, paths: RunPaths, config_hash: str, keeps_best: bool) -> str | None:
+    if progress.config_hash != config_hash:
+        return f"it belongs to a run with another config ({progress.config_hash})"
+    best = progress.best_step
+    if keeps_best and best is not None and best != progress.step:
+        wrong = damage(paths.checkpoint(best))
+        if wrong is not None:
+            return f"the best checkpoint, {paths.checkpoint(best).name}, is damaged ({wrong})"
+    return None
+
+
+def rotate(paths: RunPaths, limit: int | None, keep: set[int]) -> None:
+    """Delete the oldest checkpoints beyond `limit`; those at the steps of `keep` always stay."""
+    if limit is None:
+        return
+    there = paths.checkpoints()
+    spare = [folder for folder in reversed(there) if checkpoint_step(folder) not in keep]
+    for folder in spare[: max(0, len(there) - limit)]:
+        # Renamed first: a kill half-way through must not leave a folder that looks like one.
+        going = paths.root / f".{folder.name}.old"
+        shutil.rmtree(going, ignore_errors=True)
+        os.rename(folder, going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def sweep_leftovers(paths: RunPaths) -> None:
+    """Remove what killed processes left half-written in a run directory that this process owns."""
+    for path in paths.leftovers():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        # A young file may be another process's, which seals this run as its teacher.
+        elif time.time() - path.stat().st_mtime > _YOUNG_S:
+            path.unlink(missing_ok=True)

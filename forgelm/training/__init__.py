@@ -1,0 +1,1 @@
+"""Training that can be interrupted: data order, snapshots, and the trainer they serve."""

@@ -1,0 +1,403 @@
+"""Hugging Face's Trainer, made so that it can be stopped at any step and goes on to the same bytes.
+
+What differs from the stock trainer, and why:
+
+- The batches come from `loader.py`, which draws nothing from the generators that training uses.
+- A step's log line, evaluation, new best and save happen in this order and all at its end, at an
+  epoch's end too, so a checkpoint holds all that belongs to its step.
+- A checkpoint also holds the running loss, every rank's generators and, where a stop fell into a
+  step's evaluation, that it is still to be done.
+- The log history is left out of the state: it is `metrics.jsonl`, and would make saves ever slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
+
+from forgelm import stop
+from forgelm.config.schema import Sampling, TrainingConfig
+from forgelm.errors import RunError, Stopped
+from forgelm.interrupt import point
+from forgelm.run.checkpoints import Progress, read_progress, rotate, write_checkpoint
+from forgelm.run.files import keep_lines
+from forgelm.run.paths import RunPaths
+from forgelm.training.cadence import Cadence
+from forgelm.training.loader import Order, loader, unchanged_randomness
+from forgelm.training.snapshot import (
+    Buffers,
+    Writer,
+    load_tree,
+    randomness,
+    restore_randomness,
+    save_tree,
+)
+from forgelm.world import World
+
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+SCALER = "scaler.pt"
+RANKS = "ranks.pt"
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Safety:
+    """What the trainer needs of the run to save into it and to evaluate for it.
+
+    `measure` evaluates the model as it is (`{"eval_SPLIT_METRIC": value}`) and raises Stopped on
+    every rank when a stop is asked for. `check_ownership` raises when the directory was taken over.
+    `target` counts steps. `sealed` is told of each step whose checkpoint became durable.
+    """
+
+    paths: RunPaths
+    config_hash: str
+    target: int
+    training: TrainingConfig
+    world: World
+    seed: int
+    measure: Callable[[Any], Scores]
+    check_ownership: Callable[[], None]
+    sealed: Callable[[int], None]
+
+
+class Exact(Trainer):
+    """A trainer that saves, stops and goes on without changing the result.
+
+    `stopped` is why it was asked to stop, `finished` whether training reached its end all the same.
+    `lines_written` says how many lines `metrics.jsonl` has.
+    """
+
+    control: TrainerControl
+
+    def __init__(self, *args: Any, safety: Safety, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.safety = safety
+        self.stopped: str | None = None
+        self.lines_written: Callable[[], int] = lambda: 0
+        self._writer = Writer(safety.training.save_in_background)
+        self._buffers = Buffers()
+        self._line: dict[str, Any] = {}
+        self._pending = False
+        self.finished = False
+        self._without_gain = 0
+        self._saved_step = -1
+        self._sealed_step = -1
+        self._noted_step = -1
+        self._cadence: Cadence | None = None
+        self._resumed: Path | None = None
+        self._taken_up: tuple[float | None, int, int] | None = None
+        self.remove_callback(DefaultFlowCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Flow(self))
+
+    # Data
+
+    def get_train_dataloader(self) -> Any:
+        training, world, rows = self.safety.training, self.safety.world, self.train_dataset
+        sampling = training.train_sampling_strategy
+        lengths = None
+        if sampling is Sampling.group_by_length:
+            lengths = [len(ids) for ids in rows["input_ids"][:]]
+        order = Order(
+            len(rows),
+            training.per_device_train_batch_size,
+            sampling,
+            self.safety.seed,
+            world,
+            lengths,
+            training.gradient_accumulation_steps,
+            training.dataloader_drop_last,
+        )
+        return loader(
+            rows,
+            self.data_collator,
+            order,
+            training.dataloader_num_workers,
+            training.dataloader_persistent_workers,
+            self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if self.safety.training.record_batches:
+            self._record(samples)
+        point("training")
+        return samples, items
+
+    def _record(self, samples: list[Any]) -> None:
+        digest = hashlib.sha256()
+        for sample in samples:
+            for name, value in sorted(sample.items()):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.cpu().numpy().tobytes())
+        line = {"step": self.state.global_step + 1, "batch": digest.hexdigest()}
+        with self._record_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @property
+    def _record_file(self) -> Path:
+        return self.safety.paths.batches(self.safety.world.rank)
+
+    # The end of a step
+
+    def begin(self) -> None:
+        """Called when the loop is set up: what of its state the checkpoint holds beside it."""
+        batches = len(self.callback_handler.train_dataloader)
+        per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        self._cadence = Cadence(self.safety.training, self.state.max_steps, per_epoch)
+        if self.safety.training.record_batches:
+            keep_lines(self._record_file, self.state.global_step)
+        if self._resumed is not None:
+            taken_up = self._taken_up
+            self._restore(self._resumed)
+            if taken_up is not None:
+                self._pending, self._line = False, {}
+                self.state.best_metric, self.state.best_global_step, self._without_gain = taken_up
+
+    def end_step(self) -> None:
+        """Decide what follows the step; all ranks alike."""
+        assert self._cadence is not None
+        step, control = self.state.global_step, self.control
+        self.note_sealed()
+        self.safety.check_ownership()
+        overdue = self.safety.world.first and self._cadence.overdue(self._writer.price)
+        stopping, overdue = self.safety.world.agree(stop.requested() is not None, overdue)
+        due = self._cadence.after(step)
+        control.should_log = due.log
+        control.should_evaluate = due.evaluate
+        control.should_save = due.save or overdue
+        control.should_training_stop = step >= self.state.max_steps
+        self.finished = control.should_training_stop
+        if stopping:
+            self.stopped = stop.requested() or "another rank was asked to stop"
+            self._pending = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep values for the step's one line."""
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        self.control.should_log = False
+        self._line |= logs
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        evaluate, save = control.should_evaluate, control.should_save
+        control.should_evaluate = control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if evaluate:
+            try:
+                save = self._evaluate_step() or save
+            except Stopped as stopped:
+                self.stopped, self._pending = str(stopped), True
+                control.should_training_stop = save = True
+        if not self._pending:
+            self._say_line()
+        if save:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _evaluate_step(self) -> bool:
+        """Evaluate; returns whether the result is worth a checkpoint."""
+        # Autocast by name: a model that was taken up outside the loop isn't wrapped in it.
+        with unchanged_randomness(), self.accelerator.autocast():
+            scores = self.safety.measure(self.accelerator.unwrap_model(self.model))
+        self.log(dict(scores))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics=scores
+        )
+        before = self.state.best_metric
+        best = self._determine_best_metric(scores, None)
+        return self._stop_early(before, scores[self.args.metric_for_best_model], best) or (
+            best and self.safety.training.load_best_model_at_end
+        )
+
+    def _stop_early(self, before: float | None, value: float, best: bool) -> bool:
+        patience = self.safety.training.early_stopping_patience
+        if patience is None:
+            return False
+        gain = math.inf if before is None else abs(value - before)
+        enough = best and gain > self.safety.training.early_stopping_threshold
+        self._without_gain = 0 if enough else self._without_gain + 1
+        if self._without_gain >= patience:
+            self.finished = self.control.should_training_stop = True
+        return self.finished
+
+    def _say_line(self) -> None:
+        line, self._line = self._line, {}
+        if line:
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, line)
+
+    # Saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if step == self._saved_step:
+            return
+        began = time.monotonic()
+        safety = self.safety
+        self.store_flos()
+        ranks = safety.world.gather(
+            {"randomness": randomness(), "loss": [*self._running_loss(), self._total_loss_scalar]}
+        )
+        self._saved_step = step
+        if safety.world.first:
+            self._writer.wait()
+            job = self._snapshot(ranks)
+            self._writer.start(job, began)
+        assert self._cadence is not None
+        self._cadence.saved()
+
+    def _running_loss(self) -> tuple[float, int]:
+        return float(self._tr_loss.item()), self._globalstep_last_logged
+
+    def _snapshot(self, ranks: list[dict[str, Any]]) -> Callable[[], None]:
+        """Copy what a checkpoint holds; returns what writes it."""
+        copied = self._buffers.copy if self._writer.background else _uncopied
+        model = self.accelerator.unwrap_model(self.model)
+        weights = copied(model.state_dict(), "model")
+        trees = {
+            OPTIMIZER: copied(self.optimizer.state_dict(), "optimizer"),
+            SCHEDULER: copied(self.lr_scheduler.state_dict(), "scheduler"),
+            RANKS: ranks,
+        }
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            trees[SCALER] = copied(scaler.state_dict(), "scaler")
+        state, progress = _text_of(self.state), self._progress()
+        paths, limit = self.safety.paths, self.safety.training.save_total_limit
+
+        def write_files(folder: Path) -> None:
+            model.save_pretrained(folder, state_dict=weights)
+            for name, tree in trees.items():
+                point("save")
+                save_tree(tree, folder / name)
+            (folder / STATE).write_text(state, encoding="utf-8")
+
+        def job() -> None:
+            self.safety.check_ownership()
+            write_checkpoint(paths, progress, write_files)
+            self._sealed_step = progress.step
+            best = () if progress.best_step is None else (progress.best_step,)
+            rotate(paths, limit, {progress.step, *best})
+
+        return job
+
+    def _progress(self) -> Progress:
+        return Progress(
+            config_hash=self.safety.config_hash,
+            step=self.state.global_step,
+            target=self.state.max_steps,
+            ranks=self.safety.world.size,
+            metrics_lines=self.lines_written(),
+            line=dict(self._line),
+            pending=self._pending,
+            finished=self.finished,
+            evaluations_without_gain=self._without_gain,
+            best_step=self.state.best_global_step,
+        )
+
+    def note_sealed(self) -> None:
+        """Tell the run of a checkpoint that became durable; raise what a save failed with."""
+        self._writer.check()
+        if self._sealed_step != self._noted_step:
+            self._noted_step = self._sealed_step
+            self.safety.sealed(self._noted_step)
+
+    def settle(self) -> None:
+        """Wait until the last save is durable."""
+        self._writer.wait()
+        self.note_sealed()
+
+    # Going on
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint if there is one, until the end or a stop.
+
+        Raises:
+            Stopped: in an evaluation that an earlier stop left undone.
+        """
+        self._resumed = checkpoint
+        if checkpoint is not None:
+            progress = read_progress(checkpoint)
+            # An early stop ends training only as long as nobody asks for more.
+            self.finished = progress.finished and progress.target >= self.safety.target
+            if self.finished or progress.pending:
+                self._take_up(checkpoint)
+        if not self.finished:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            self.settle()
+
+    def _take_up(self, checkpoint: Path) -> None:
+        """The model and its history as of a checkpoint, outside the loop; evaluated if due."""
+        self.load_weights(checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self._restore(checkpoint)
+        if self._pending:
+            self._evaluate_step()
+            self._pending = False
+            self._say_line()
+            state = self.state
+            self._taken_up = state.best_metric, state.best_global_step, self._without_gain
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """The model's weights as a checkpoint holds them."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _restore(self, checkpoint: Path) -> None:
+        progress = read_progress(checkpoint)
+        loss, logged, total = load_tree(checkpoint / RANKS)[self.safety.world.rank]["loss"]
+        self._tr_loss = torch.tensor(loss, device=self.args.device)
+        self._globalstep_last_logged, self._total_loss_scalar = logged, total
+        self._line, self._pending = dict(progress.line), progress.pending
+        self._without_gain = progress.evaluations_without_gain
+        self._saved_step = self._sealed_step = self._noted_step = progress.step
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            ranks = load_tree(Path(checkpoint) / RANKS)
+            restore_randomness(ranks[self.safety.world.rank]["randomness"])
+
+
+class _Flow(TrainerCallback):
+    """Calls the trainer where the stock one calls its callbacks."""
+
+    def __init__(self, trainer: Exact) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.end_step()
+
+
+def _uncopied(tree: Any, name: str) -> Any:
+    return tree
+
+
+def _text_of(state: TrainerState) -> str:
+    kept = dataclasses.asdict(state) | {"log_history": [], "stateful_callbacks": {}}
+    try:
+        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
+    except TypeError as error:
+        raise RunError(f"the trainer's state can't be saved: {error}") from error
