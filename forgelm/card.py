@@ -30,7 +30,7 @@ def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
         f"Trained by forgelm, run `{run.run_id}`, seed {config.seed}.",
         "",
         f"- start: {config.model.path or 'fresh weights'}",
-        f"- training rows: {len(task.train):,}",
+        f"- training rows: {'a stream' if config.task.streaming else f'{len(task.train):,}'}",
         f"- steps: {run.state.step:,}",
     ]
     if isinstance(config.mode, KdConfig) and uses_teacher(config):

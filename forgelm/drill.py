@@ -48,10 +48,12 @@ class Case:
     def environment(self) -> dict[str, str]:
         return {VARIABLE: f"{self.point}:{self.count}:{self.signal}"}
 
-    @property
-    def expected(self) -> int:
+    def expected(self, ranks: int) -> int:
         """The exit code of the interrupted process, as `waitpid` tells it."""
-        return -signal.SIGKILL if self.signal == "SIGKILL" else EXIT_STOPPED
+        if self.signal != "SIGKILL":
+            return EXIT_STOPPED
+        # Of several processes the first is killed, and the one that watches them says so.
+        return -signal.SIGKILL if ranks == 1 else EXIT_TRAINING_ERROR
 
 
 CASES = (
@@ -169,8 +171,9 @@ def _interrupted(
     if code == EXIT_OK:
         outcome.problems.append("it ended before it could be interrupted")
         return outcome
-    if code != case.expected:
-        outcome.problems.append(f"exit code {code} instead of {case.expected}; see {log}")
+    expected = case.expected(config.launch.ranks)
+    if code != expected:
+        outcome.problems.append(f"exit code {code} instead of {expected}; see {log}")
     begun = _lines(paths.batches(0))
     if case.signal != "SIGKILL":
         outcome.durable = read_json(paths.metadata)["sessions"][-1].get("seconds_to_stop")

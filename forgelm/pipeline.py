@@ -325,11 +325,11 @@ def build_trainer(run: Run, task: TaskData, models: Models) -> FinetuningTrainer
         "model": models.student,
         "args": arguments,
         "train_dataset": task.train,
-        "data_collator": task.collator,
+        "data_collator": task.train_collator,
         "safety": Safety(
             paths=run.paths,
             config_hash=run.metadata["config_hash"],
-            target=total_steps(config, len(task.train)),
+            target=total_steps(config, task),
             training=config.training,
             world=run.world,
             seed=config.seed,
@@ -354,7 +354,7 @@ def opening_screen(run: Run, task: TaskData, models: Models, arguments: Training
         task,
         models.student,
         models.teacher,
-        total_steps(run.config, len(task.train)),
+        total_steps(run.config, task),
         precision,
         str(arguments.device),
     )
@@ -488,11 +488,11 @@ def choose_checkpoint(run: Run) -> Path | None:
     return found
 
 
-def total_steps(config: RunConfig, rows: int) -> int:
+def total_steps(config: RunConfig, task: TaskData) -> int:
     """Optimizer steps of the whole run, as the trainer counts them."""
     if config.max_steps is not None:
         return config.max_steps
-    training = config.training
+    training, rows = config.training, len(task.train)
     size = training.per_device_train_batch_size * config.launch.ranks
     batches = rows // size if training.dataloader_drop_last else math.ceil(rows / size)
     each = max(math.ceil(batches / training.gradient_accumulation_steps), 1)

@@ -32,10 +32,12 @@ def opening(
     """The screen before training: what will run, how long, where it writes."""
     held_out = ", ".join(f"{name} {len(rows):,}" for name, rows in task.eval.items())
     labels = "scores" if task.rows.labels is None else f"{len(task.rows.labels)} labels"
+    train = "a stream" if config.task.streaming else f"{len(task.train):,}"
     training = config.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    batch *= config.launch.ranks
     lines = {
-        "task": f"{config.task.name}: train {len(task.train):,}, {held_out}; {labels}",
+        "task": f"{config.task.name}: train {train}, {held_out}; {labels}",
         "student": f"{_source(config.model.path, 'tiny')}, {parameters(student):,} parameters",
         "teacher": "none"
         if teacher is None

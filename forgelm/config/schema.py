@@ -149,6 +149,11 @@ class TaskConfig:
     """Of the first metric."""
     max_length: int = option(128, min=4)
     """Tokens; what is longer is truncated, the longer text of a pair first."""
+    streaming: bool = False
+    """Read the training rows as they are needed, in their order, instead of all beforehand. Needs
+    max_steps, and the labels given or declared by the data set."""
+    token_dropout: float = option(0.0, min=0, below=1)
+    """Share of a training row's tokens that the mask token replaces, drawn anew in each epoch."""
     max_train_samples: int | None = option(None, min=1)
     max_eval_samples: int | None = option(None, min=1)
     """A fixed part of the rows, the same for every seed."""

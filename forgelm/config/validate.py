@@ -20,6 +20,7 @@ from forgelm.config.schema import (
     Metric,
     Problem,
     RunConfig,
+    Sampling,
     SaveInterval,
     TeacherKind,
 )
@@ -146,6 +147,14 @@ def _task_source(config: RunConfig) -> Iterator[str]:
         yield (
             f"task.validation_splits={task.validation_splits}: own files have one, "
             "task.validation_file; name one split"
+        )
+    if task.streaming and config.max_steps is None:
+        yield "task.streaming=true needs max_steps: a stream doesn't say how long an epoch is"
+    if task.streaming and config.training.train_sampling_strategy is not Sampling.sequential:
+        yield (
+            f"task.streaming=true with training.train_sampling_strategy="
+            f"{config.training.train_sampling_strategy}: a stream is read in its own order; set it "
+            "to sequential (shuffle the data beforehand)"
         )
     if task.train_split in task.validation_splits:
         yield (

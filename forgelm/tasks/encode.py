@@ -10,13 +10,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgelm import stop
 from forgelm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import torch
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
+_CHUNK = 10_000
 TEACHER_PREFIX = "teacher_"
 
 
@@ -65,14 +68,48 @@ def _key(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> 
 
 
 def encode_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids of `rows` (columns text, text_pair if any), at most `max_length`, not padded."""
+    """Token ids of `rows` (columns text, text_pair if any), at most `max_length`, not padded.
+
+    Raises:
+        Stopped: in between, when a stop was asked for.
+    """
     from datasets import Dataset
 
-    pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else None
-    made = tokenizer(rows["text"][:], pairs, truncation=True, max_length=max_length)
-    return Dataset.from_dict(
-        {name: made[name] for name in tokenizer.model_input_names if name in made}
-    )
+    made: dict[str, list[Any]] = {}
+    for start in range(0, len(rows), _CHUNK):
+        stop.check()
+        part = rows[start : start + _CHUNK]
+        for name, values in _tokens(tokenizer, part, max_length).items():
+            made.setdefault(name, []).extend(values)
+    return Dataset.from_dict(made)
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, rows: dict[str, Any], max_length: int
+) -> dict[str, Any]:
+    """Of one row, or of a list of rows."""
+    pairs = rows.get("text_pair")
+    made = tokenizer(rows["text"], pairs, truncation=True, max_length=max_length)
+    return {name: made[name] for name in tokenizer.model_input_names if name in made}
+
+
+def encode_stream(
+    rows: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    max_length: int,
+) -> IterableDataset:
+    """A stream of rows as `encode` makes them, with a teacher's columns if it reads differently."""
+
+    def encoded(row: dict[str, Any]) -> dict[str, Any]:
+        made = {**_tokens(tokenizer, row, max_length), "labels": row["label"]}
+        if teacher is not None:
+            theirs = _tokens(teacher, row, max_length)
+            made |= {TEACHER_PREFIX + name: value for name, value in theirs.items()}
+        return made
+
+    gone = ["text", "text_pair", "label"] if rows.column_names is None else rows.column_names
+    return rows.map(encoded, remove_columns=gone)
 
 
 def _store(made: Dataset, place: Path) -> None:
@@ -103,7 +140,8 @@ class Collator:
     """Pads rows to the longest of the batch: the student's columns, and the teacher's if given.
 
     Returns `input_ids` and like, int64 [batch, length]; `teacher_*`, int64 [batch, other length];
-    `labels`, int64 [batch], or float32 [batch] for a regression.
+    `labels`, int64 [batch], or float32 [batch] for a regression. The mask token replaces a share
+    `token_dropout` of the student's tokens, special ones aside, drawn from torch's generator.
     """
 
     def __init__(
@@ -111,15 +149,19 @@ class Collator:
         tokenizer: PreTrainedTokenizerBase,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         multiple_of: int | None = None,
+        token_dropout: float = 0.0,
     ) -> None:
         self.tokenizer = tokenizer
         self.teacher_tokenizer = teacher_tokenizer
         self.multiple_of = multiple_of
+        self.token_dropout = token_dropout
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
         batch = self._pad(self.tokenizer, [_inputs(row, "") for row in rows])
+        if self.token_dropout:
+            self._drop(batch["input_ids"])
         teacher_too = any(name.startswith(TEACHER_PREFIX) for name in rows[0])
         if self.teacher_tokenizer is not None and teacher_too:
             padded = self._pad(
@@ -130,6 +172,13 @@ class Collator:
             labels = torch.tensor([row["labels"] for row in rows])
             batch["labels"] = labels.float() if labels.is_floating_point() else labels
         return batch
+
+    def _drop(self, ids: torch.Tensor) -> None:
+        import torch
+
+        special = torch.tensor(self.tokenizer.all_special_ids)
+        dropped = (torch.rand(ids.shape) < self.token_dropout) & ~torch.isin(ids, special)
+        ids[dropped] = self.tokenizer.mask_token_id
 
     def _pad(
         self, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]

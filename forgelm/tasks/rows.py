@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,16 @@ from forgelm.errors import ConfigError, RunError
 from forgelm.hub import explained
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 _PART_SEED = 0
+_STREAMS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
 HIDDEN = -1
 
 
@@ -26,10 +35,10 @@ class Rows:
     """A task's rows. Each data set has the columns `text`, `text_pair` (if any) and `label`.
 
     `labels` are the names in the order of their numbers, None for a regression. `fingerprint`
-    changes with any row, `revision` is the hub's commit.
+    changes with any row, `revision` is the hub's commit. A streamed `train` has no length.
     """
 
-    train: Dataset
+    train: Dataset | IterableDataset
     eval: dict[str, Dataset]
     labels: list[str] | None
     fingerprint: str
@@ -43,6 +52,8 @@ def load_rows(task: TaskConfig, revision: str | None) -> Rows:
         ConfigError: a missing file, split or column, an empty file, a bad or unknown label.
         RunError: the hub failed.
     """
+    if task.streaming:
+        return _streamed(task, revision)
     splits, fingerprint = _load(task, revision)
     for name, split in splits.items():
         _check_columns(task, name, split)
@@ -56,6 +67,87 @@ def load_rows(task: TaskConfig, revision: str | None) -> Rows:
     train = _part(made.pop(task.train_split), task.max_train_samples)
     held_out = {name: _part(split, task.max_eval_samples) for name, split in made.items()}
     return Rows(train, held_out, labels, fingerprint, revision)
+
+
+def _streamed(task: TaskConfig, revision: str | None) -> Rows:
+    """Training rows that are read, checked and numbered when their turn comes."""
+    stream, held_out, fingerprint = _open_stream(task, revision)
+    for name, split in held_out.items():
+        _check_columns(task, name, split)
+    columns = list(stream.features or next(iter(stream)))
+    wanted = {**_text_columns(task), "task.label_column": task.label_column}
+    _check_present(wanted, f"split {task.train_split}", columns)
+    labels = None
+    if task.problem is not Problem.regression:
+        declared = getattr((stream.features or {}).get(task.label_column), "names", None)
+        labels = task.labels if declared is None or task.labels is not None else list(declared)
+        if labels is None:
+            raise ConfigError(
+                f"task.labels is null, and the stream of {task.name} declares none: "
+                "give them, as in task.labels=[no,yes]"
+            )
+    made = {name: _normalised(task, name, split, labels) for name, split in held_out.items()}
+    parts = {name: _part(split, task.max_eval_samples) for name, split in made.items()}
+    if task.max_train_samples is not None:
+        stream = stream.take(task.max_train_samples)
+    number = _score if labels is None else _numbering(stream.features, task, labels)
+    train = stream.map(
+        functools.partial(_streamed_row, task, number, labels), remove_columns=columns
+    )
+    return Rows(train, parts, labels, fingerprint, revision)
+
+
+def _streamed_row(
+    task: TaskConfig, number: Callable[[Any], float], labels: list[str] | None, row: dict[str, Any]
+) -> dict[str, Any]:
+    made: dict[str, Any] = {"text": row[task.text_column]}
+    if task.text_pair_column is not None:
+        made["text_pair"] = row[task.text_pair_column]
+    where = f"split {task.train_split}, a row of the stream ({str(made['text'])[:40]!r})"
+    for text in made.values():
+        if not isinstance(text, str):
+            raise RunError(f"{where}: {text!r} is not text")
+    value = row[task.label_column]
+    try:
+        return {**made, "label": number(value)}
+    except (KeyError, TypeError, ValueError):
+        raise RunError(_bad_label(task, where, value, labels)) from None
+
+
+def _open_stream(
+    task: TaskConfig, revision: str | None
+) -> tuple[IterableDataset, dict[str, Dataset], str]:
+    """The training rows as they are, the evaluation splits, and what the data is known by."""
+    from datasets import Dataset, load_dataset
+
+    if task.embedded is not None:
+        splits, fingerprint = _embedded(task)
+        return splits.pop(task.train_split).to_iterable_dataset(), splits, fingerprint
+    if task.train_file is not None:
+        path, other = Path(task.train_file), Path(str(task.validation_file))
+        kind = _STREAMS[path.suffix.lower()]
+        options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        stream = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+        known = _digest(_ends(path), other.read_bytes())
+        return stream, {task.validation_splits[0]: read_file(other)}, known
+    name = str(task.dataset)
+    with explained(f"data set {name}"):
+        streams = load_dataset(name, task.dataset_config, revision=revision, streaming=True)
+        held_out = {
+            split: Dataset.from_list(list(streams[split]), features=streams[split].features)
+            for split in task.validation_splits
+        }
+    known = _digest(str(revision).encode(), str(task.dataset_config).encode())
+    return streams[task.train_split], held_out, known
+
+
+def _ends(path: Path) -> bytes:
+    """Size, first and last megabyte: a stream is meant for files too long to be read for a hash."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(1 << 20)
+        file.seek(max(0, size - (1 << 20)))
+        return f"{size}".encode() + first + file.read()
 
 
 def _load(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str]:
@@ -246,18 +338,18 @@ def _check_columns(task: TaskConfig, split: str, rows: Dataset) -> None:
     if not len(rows):
         raise ConfigError(f"split {split} of task {task.name} has no rows")
     wanted = {**_text_columns(task), "task.label_column": task.label_column}
-    _check_present(wanted, f"split {split}", rows)
+    _check_present(wanted, f"split {split}", rows.column_names)
 
 
-def _check_present(wanted: dict[str, str | None], where: str, rows: Dataset) -> None:
+def _check_present(wanted: dict[str, str | None], where: str, columns: list[str]) -> None:
     problems = []
     for key, column in wanted.items():
-        if column is None or column in rows.column_names:
+        if column is None or column in columns:
             continue
-        near = difflib.get_close_matches(column, rows.column_names, n=1)
+        near = difflib.get_close_matches(column, columns, n=1)
         hint = f"; did you mean {key}={near[0]}?" if near else ""
         problems.append(
-            f"{key}={column}: {where} has no such column, but {', '.join(rows.column_names)}{hint}"
+            f"{key}={column}: {where} has no such column, but {', '.join(columns)}{hint}"
         )
     if problems:
         raise ConfigError(problems)
@@ -304,13 +396,14 @@ def _normalised(task: TaskConfig, split: str, rows: Dataset, labels: list[str] |
 
     columns = _text_values(task, f"split {split}", rows)
     values = rows[task.label_column][:]
-    number = _score if labels is None else _numbering(task, rows, labels)
+    number = _score if labels is None else _numbering(rows.features, task, labels)
     numbers: list[float] = []
     for row, value in enumerate(values, 1):
         try:
             numbers.append(number(value))
         except (KeyError, TypeError, ValueError):
-            raise ConfigError(_bad_label(task, split, row, value, labels)) from None
+            where = f"split {split}, row {row}"
+            raise ConfigError(_bad_label(task, where, value, labels)) from None
     return Dataset.from_dict({**columns, "label": numbers})
 
 
@@ -321,9 +414,9 @@ def _score(value: Any) -> float:
     return score
 
 
-def _numbering(task: TaskConfig, rows: Dataset, labels: list[str]) -> Any:
+def _numbering(features: Any, task: TaskConfig, labels: list[str]) -> Callable[[Any], float]:
     """From a label as it stands in the data to its number; KeyError for an unknown one."""
-    declared = getattr(rows.features[task.label_column], "names", None)
+    declared = getattr((features or {}).get(task.label_column), "names", None)
     numbers = {name: index for index, name in enumerate(labels)}
     if declared is not None and list(declared) != labels:
         return lambda value: numbers[str(declared[value]) if value >= 0 else ""]
@@ -332,8 +425,8 @@ def _numbering(task: TaskConfig, rows: Dataset, labels: list[str]) -> Any:
     return lambda value: numbers[_name(value)]
 
 
-def _bad_label(task: TaskConfig, split: str, row: int, value: Any, labels: list[str] | None) -> str:
-    where = f"split {split}, row {row}: {task.label_column}={value!r}"
+def _bad_label(task: TaskConfig, where: str, value: Any, labels: list[str] | None) -> str:
+    where = f"{where}: {task.label_column}={value!r}"
     if labels is None:
         return f"{where} is not a finite number, which a regression needs"
     if value == HIDDEN:

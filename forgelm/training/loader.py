@@ -6,10 +6,13 @@ and by however many workers; so a resumed run skips what was read without readin
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -19,9 +22,19 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from forgelm import stop
 from forgelm.config.schema import Sampling
+from forgelm.errors import RunError
 from forgelm.world import World
 
 Batch = tuple[int, list[int]]
+"""An epoch and the numbers of the rows."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch of a stream: its number, and the rows themselves."""
+
+    number: int
+    rows: list[Any]
 
 
 def seed_from(*parts: int) -> int:
@@ -86,6 +99,67 @@ class Order(BatchSampler):
         return order
 
 
+class Stream(BatchSampler):
+    """The batches of one rank from data that has no row numbers, but a state: read once, in order.
+
+    `rows` has the protocol of `datasets.IterableDataset`: `set_epoch`, `state_dict` and
+    `load_state_dict`. At its end it begins anew, so there is always a next batch. It is read in
+    this process, whatever the number of workers; they collate.
+    """
+
+    def __init__(self, rows: Any, batch_size: int) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.drop_last = False
+        self._start = 0
+        self._states: dict[int, dict[str, Any]] = {}
+
+    def resume(self, position: int, state: dict[str, Any]) -> None:
+        """Go on after `position` batches, with the state that the data had then."""
+        self._start = position
+        self._states = {position: state}
+
+    def state_after(self, position: int) -> dict[str, Any]:
+        """The data's state after that many batches, though more may have been read ahead."""
+        for known in [number for number in self._states if number < position]:
+            del self._states[known]
+        return self._states[position]
+
+    def __len__(self) -> int:
+        raise TypeError("a stream has no length")
+
+    def __iter__(self) -> Iterator[Drawn | None]:  # type: ignore[override]
+        for _ in range(self._start):
+            # The loader skips these; they stand for batches that needn't be read again.
+            yield None
+        number, batch = self._start, []
+        for row, state in self._endless():
+            batch.append(row)
+            if len(batch) == self.batch_size:
+                number += 1
+                self._states[number] = state()
+                yield Drawn(number, batch)
+                batch = []
+
+    def _endless(self) -> Iterator[tuple[Any, Callable[[], dict[str, Any]]]]:
+        known = self._states.get(self._start)
+        epoch = 0 if known is None else int(known["epoch"])
+        if known is not None:
+            self.rows.load_state_dict(known["rows"])
+        while True:
+            self.rows.set_epoch(epoch)
+            empty = True
+            for row in self.rows:
+                empty = False
+                yield row, functools.partial(self._state, epoch)
+            if empty and known is None:
+                raise RunError("the stream of training rows is empty")
+            epoch, known = epoch + 1, None
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        return {"epoch": epoch, "rows": self.rows.state_dict()}
+
+
 class Seeded(Dataset[Any]):
     """Rows and their collation under seeds of their own: augmentation repeats by epoch and row."""
 
@@ -95,16 +169,21 @@ class Seeded(Dataset[Any]):
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if hasattr(self.rows, "__len__") else sys.maxsize
 
-    def __getitems__(self, batch: Batch) -> Any:
-        epoch, numbers = batch
+    def __getitems__(self, batch: Batch | Drawn) -> Any:
         with unchanged_randomness():
+            if isinstance(batch, Drawn):
+                _seed_all(seed_from(self.seed, batch.number))
+                return self.collate(batch.rows)
+            epoch, numbers = batch
+            _seed_all(seed_from(self.seed, epoch, *numbers))
+            if hasattr(self.rows, "__getitems__"):
+                return self.collate(self.rows.__getitems__(numbers))
             rows = []
             for number in numbers:
                 _seed_all(seed_from(self.seed, epoch, number))
                 rows.append(self.rows[number])
-            _seed_all(seed_from(self.seed, epoch, -1, *numbers))
             return self.collate(rows)
 
 
@@ -112,20 +191,22 @@ class Loader(DataLoader[Any]):
     """A DataLoader over Seeded rows in an Order, told of the epoch as the trainer expects."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        if isinstance(self.batch_sampler, Order):
+            self.batch_sampler.set_epoch(epoch)
 
 
 def loader(
     rows: Any,
     collate: Callable[[list[Any]], Any],
-    order: Order,
+    order: Order | Stream,
+    seed: int,
     workers: int,
     persistent: bool,
     pin_memory: bool,
 ) -> Loader:
     """The training batches of this rank."""
     return Loader(
-        Seeded(rows, collate, order.seed),
+        Seeded(rows, collate, seed),
         batch_sampler=order,
         collate_fn=_as_it_is,
         num_workers=workers,

@@ -34,7 +34,7 @@ from forgelm.run.checkpoints import Progress, read_progress, rotate, write_check
 from forgelm.run.files import keep_lines
 from forgelm.run.paths import RunPaths
 from forgelm.training.cadence import Cadence
-from forgelm.training.loader import Order, loader, unchanged_randomness
+from forgelm.training.loader import Order, Stream, loader, unchanged_randomness
 from forgelm.training.snapshot import (
     Buffers,
     Writer,
@@ -99,6 +99,7 @@ class Exact(Trainer):
         self._noted_step = -1
         self._cadence: Cadence | None = None
         self._resumed: Path | None = None
+        self._stream: Stream | None = None
         self._taken_up: tuple[float | None, int, int] | None = None
         self.remove_callback(DefaultFlowCallback)
         self.remove_callback(PrinterCallback)
@@ -107,28 +108,38 @@ class Exact(Trainer):
     # Data
 
     def get_train_dataloader(self) -> Any:
-        training, world, rows = self.safety.training, self.safety.world, self.train_dataset
-        sampling = training.train_sampling_strategy
-        lengths = None
-        if sampling is Sampling.group_by_length:
-            lengths = [len(ids) for ids in rows["input_ids"][:]]
-        order = Order(
-            len(rows),
-            training.per_device_train_batch_size,
-            sampling,
-            self.safety.seed,
-            world,
-            lengths,
-            training.gradient_accumulation_steps,
-            training.dataloader_drop_last,
-        )
+        training, rows = self.safety.training, self.train_dataset
+        if hasattr(rows, "__len__"):
+            order: Order | Stream = self._order(rows)
+        else:
+            order = self._stream = Stream(rows, training.per_device_train_batch_size)
+            if self._resumed is not None:
+                position = read_progress(self._resumed).step * training.gradient_accumulation_steps
+                order.resume(position, self._rank_state(self._resumed)["data"])
         return loader(
             rows,
             self.data_collator,
             order,
+            self.safety.seed,
             training.dataloader_num_workers,
             training.dataloader_persistent_workers,
             self.args.dataloader_pin_memory,
+        )
+
+    def _order(self, rows: Any) -> Order:
+        training = self.safety.training
+        lengths = None
+        if training.train_sampling_strategy is Sampling.group_by_length:
+            lengths = [len(ids) for ids in rows["input_ids"][:]]
+        return Order(
+            len(rows),
+            training.per_device_train_batch_size,
+            training.train_sampling_strategy,
+            self.safety.seed,
+            self.safety.world,
+            lengths,
+            training.gradient_accumulation_steps,
+            training.dataloader_drop_last,
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,8 +167,10 @@ class Exact(Trainer):
 
     def begin(self) -> None:
         """Called when the loop is set up: what of its state the checkpoint holds beside it."""
-        batches = len(self.callback_handler.train_dataloader)
-        per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        per_epoch = None
+        if self._stream is None:
+            batches = len(self.callback_handler.train_dataloader)
+            per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
         self._cadence = Cadence(self.safety.training, self.state.max_steps, per_epoch)
         if self.safety.training.record_batches:
             keep_lines(self._record_file, self.state.global_step)
@@ -252,9 +265,7 @@ class Exact(Trainer):
         began = time.monotonic()
         safety = self.safety
         self.store_flos()
-        ranks = safety.world.gather(
-            {"randomness": randomness(), "loss": [*self._running_loss(), self._total_loss_scalar]}
-        )
+        ranks = safety.world.gather(self._own_state())
         self._saved_step = step
         if safety.world.first:
             self._writer.wait()
@@ -263,8 +274,18 @@ class Exact(Trainer):
         assert self._cadence is not None
         self._cadence.saved()
 
-    def _running_loss(self) -> tuple[float, int]:
-        return float(self._tr_loss.item()), self._globalstep_last_logged
+    def _own_state(self) -> dict[str, Any]:
+        """What differs from rank to rank."""
+        data = None
+        if self._stream is not None:
+            position = self.state.global_step * self.args.gradient_accumulation_steps
+            data = self._stream.state_after(position)
+        loss = [self._tr_loss.item(), self._globalstep_last_logged, self._total_loss_scalar]
+        return {"randomness": randomness(), "loss": loss, "data": data}
+
+    def _rank_state(self, checkpoint: Path) -> dict[str, Any]:
+        state: dict[str, Any] = load_tree(checkpoint / RANKS)[self.safety.world.rank]
+        return state
 
     def _snapshot(self, ranks: list[dict[str, Any]]) -> Callable[[], None]:
         """Copy what a checkpoint holds; returns what writes it."""
@@ -361,7 +382,7 @@ class Exact(Trainer):
 
     def _restore(self, checkpoint: Path) -> None:
         progress = read_progress(checkpoint)
-        loss, logged, total = load_tree(checkpoint / RANKS)[self.safety.world.rank]["loss"]
+        loss, logged, total = self._rank_state(checkpoint)["loss"]
         self._tr_loss = torch.tensor(loss, device=self.args.device)
         self._globalstep_last_logged, self._total_loss_scalar = logged, total
         self._line, self._pending = dict(progress.line), progress.pending
@@ -370,8 +391,7 @@ class Exact(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            ranks = load_tree(Path(checkpoint) / RANKS)
-            restore_randomness(ranks[self.safety.world.rank]["randomness"])
+            restore_randomness(self._rank_state(Path(checkpoint))["randomness"])
 
 
 class _Flow(TrainerCallback):
