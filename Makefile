@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint format bench clean
+.PHONY: run test drill lint format bench clean
 
 # The main job: the embedded teacher, then the student by SFT and by KD, compared.
 run: $(READY)
@@ -12,6 +12,11 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The proof of the promise, for both modes.
+drill: $(READY)
+	$(BIN)/forgelm drill output_root=$(VENV)/drill
+	$(BIN)/forgelm drill mode=kd output_root=$(VENV)/drill
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -86,6 +86,8 @@ def _make_sure_of_teacher(paths: RunPaths) -> None:
             waiting = True
             stop.check()
             time.sleep(_WAIT_S)
+        except Stopped as stopped:
+            raise Stopped(f"while training the teacher: {stopped}, or the same command") from None
 
 
 def _run(plan: Plan) -> None:
@@ -469,7 +471,7 @@ def train(
     # What was evaluated before must not decide what is drawn in training.
     set_seed(config.seed + run.world.rank)
     trainer.go_on(checkpoint)
-    if trainer.stopped is not None and not trainer.finished:
+    if trainer.stopped is not None:
         raise Stopped(trainer.stopped)
     run.update(stage=Stage.finalize, step=trainer.state.global_step)
 

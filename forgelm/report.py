@@ -47,9 +47,20 @@ def opening(
         f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "device": f"{device}, {precision}",
         "seed": str(config.seed),
+        "bytes": _promise(config, device),
         "writes": str(root),
     }
     return "\n".join([_RULE, *(f"{name:<9}{text}" for name, text in lines.items()), _RULE])
+
+
+def _promise(config: RunConfig, device: str) -> str:
+    """What may differ between this run interrupted and not."""
+    if device == "cpu" or config.training.full_determinism:
+        return "the same however often it is interrupted"
+    return (
+        "may differ in the last bits: kernels of this device can add in any order; "
+        "training.full_determinism=true prevents it"
+    )
 
 
 def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str) -> str:

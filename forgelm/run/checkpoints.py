@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -66,12 +68,27 @@ def write_checkpoint(
         if final.exists():
             shutil.rmtree(final)
         os.rename(beside, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
+        reason = _disk_trouble(error)
+        if reason is None:
+            raise
+        raise reason from error
     flush_folder(paths.root)
     write_text(paths.latest_checkpoint, final.name + "\n")
     return final
+
+
+def _disk_trouble(error: BaseException | None) -> OSError | None:
+    """What the system said, below what the libraries made of it."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _seal(folder: Path) -> None:
@@ -184,6 +201,8 @@ def sweep_leftovers(paths: RunPaths) -> None:
     for path in paths.leftovers():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+            continue
         # A young file may be another process's, which seals this run as its teacher.
-        elif time.time() - path.stat().st_mtime > _YOUNG_S:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _YOUNG_S:
+                path.unlink()

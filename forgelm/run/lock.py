@@ -103,7 +103,7 @@ def owned(paths: RunPaths) -> Iterator[Ownership]:
 def _acquire(path: Path) -> Ownership:
     me = _myself()
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = _open(path)
         try:
             locked = _flock(handle)
             if not _is_current(path, handle):
@@ -131,6 +131,18 @@ def _acquire(path: Path) -> Ownership:
                 os.close(handle)
             raise
         return Ownership(path, handle, me)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise RunError(
+            f"{path.parent}: can't be written ({error.strerror}): give yourself the right to, or "
+            "give another output_root"
+        ) from error
 
 
 def _flock(handle: int) -> bool | None:
@@ -169,7 +181,7 @@ def _replace(path: Path, dead: Holder) -> int:
         if found is not None and found.token != dead.token:
             raise RunInUse(f"{path.parent}: {found} is in this run")
         mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        handle = os.open(mine, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = _open(mine)
         _flock(handle)
         os.replace(mine, path)
         return handle

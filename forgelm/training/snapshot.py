@@ -75,32 +75,32 @@ class Cost:
 
 
 class Writer:
-    """Runs one job at a time beside the training, at the lowest priority."""
+    """Runs one job at a time: beside the training at the lowest priority, or while it waits."""
 
-    def __init__(self, background: bool) -> None:
-        self.background = background
+    def __init__(self) -> None:
         self.cost = Cost()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._burnt = 0.0
 
-    def start(self, job: Callable[[], None], began: float) -> None:
-        """Begin a job whose snapshot was begun at `began` (monotonic seconds)."""
+    def start(self, job: Callable[[], None], began: float, background: bool) -> None:
+        """Do a job whose snapshot was begun at `began` (monotonic seconds), at once or beside."""
         self.wait()
         self._burnt = 0.0
 
         def work() -> None:
-            if self.background:
+            if background:
                 _step_back()
             before = time.thread_time()
             try:
                 job()
             except BaseException as error:
                 self._error = error
-            self._burnt = time.thread_time() - before
+            # In the foreground it is part of the stall.
+            self._burnt = time.thread_time() - before if background else 0.0
             self.cost.total = time.monotonic() - began
 
-        if not self.background:
+        if not background:
             work()
             self.cost.stall = time.monotonic() - began
             self.check()
@@ -116,7 +116,7 @@ class Writer:
     @property
     def price(self) -> float:
         """Seconds that a save costs training: the stall, and the processor time spent beside it."""
-        return self.cost.stall + (self._burnt if self.background else 0.0)
+        return self.cost.stall + self._burnt
 
     def check(self) -> None:
         """Raise what a finished job failed with."""
@@ -169,7 +169,9 @@ def _tuples(value: Any) -> Any:
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    torch.save(tree, path)
+    # Through a file of our own: only so the reason of a failed write isn't lost.
+    with path.open("wb") as file:
+        torch.save(tree, file)
 
 
 def load_tree(path: Path) -> Any:

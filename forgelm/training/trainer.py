@@ -88,7 +88,7 @@ class Exact(Trainer):
         self.safety = safety
         self.stopped: str | None = None
         self.lines_written: Callable[[], int] = lambda: 0
-        self._writer = Writer(safety.training.save_in_background)
+        self._writer = Writer()
         self._buffers = Buffers()
         self._line: dict[str, Any] = {}
         self._pending = False
@@ -269,8 +269,10 @@ class Exact(Trainer):
         self._saved_step = step
         if safety.world.first:
             self._writer.wait()
-            job = self._snapshot(ranks)
-            self._writer.start(job, began)
+            # Nothing goes on beside the last save: it needs no copy, and all of the processor.
+            background = safety.training.save_in_background and not self._ends_here()
+            job = self._snapshot(ranks, self._buffers.copy if background else _uncopied)
+            self._writer.start(job, began, background)
         assert self._cadence is not None
         self._cadence.saved()
 
@@ -287,9 +289,13 @@ class Exact(Trainer):
         state: dict[str, Any] = load_tree(checkpoint / RANKS)[self.safety.world.rank]
         return state
 
-    def _snapshot(self, ranks: list[dict[str, Any]]) -> Callable[[], None]:
-        """Copy what a checkpoint holds; returns what writes it."""
-        copied = self._buffers.copy if self._writer.background else _uncopied
+    def _ends_here(self) -> bool:
+        return self.finished or self.stopped is not None
+
+    def _snapshot(
+        self, ranks: list[dict[str, Any]], copied: Callable[[Any, str], Any]
+    ) -> Callable[[], None]:
+        """Take what a checkpoint holds; returns what writes it."""
         model = self.accelerator.unwrap_model(self.model)
         weights = copied(model.state_dict(), "model")
         trees = {

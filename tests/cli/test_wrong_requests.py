@@ -295,8 +295,36 @@ REQUESTS: list[tuple[str, ...]] = [
         "training.eval_steps=5 is only read with training.eval_strategy=steps",
     ),
     (
-        "training.load_best_model_at_end=true training.save_strategy=no",
-        "training.load_best_model_at_end=true with training.save_strategy=no: set …=epoch or …",
+        "training.early_stopping_patience=2 training.eval_strategy=no",
+        "training.early_stopping_patience=2 with training.eval_strategy=no: set …=epoch or …",
+    ),
+    (
+        "training.save_steps=5 training.save_minutes=2",
+        "training.save_steps=5 and training.save_minutes=2: give one of them",
+    ),
+    (
+        "training.save_strategy=auto training.save_steps=5",
+        "training.save_steps=5 is only read with training.save_strategy=steps, not auto",
+    ),
+    (
+        "training.save_strategy=steps training.save_minutes=2",
+        "training.save_minutes=2.0 is only read with training.save_strategy=minutes, not steps",
+    ),
+    (
+        "training.save_strategy=minutes",
+        "training.save_strategy=minutes needs training.save_minutes: …",
+    ),
+    (
+        "launch.nodes=2",
+        "launch.nodes=2: one machine has one node; …",
+    ),
+    (
+        "task.streaming=true training.train_sampling_strategy=sequential",
+        "task.streaming=true needs max_steps: …",
+    ),
+    (
+        "task.streaming=true max_steps=3",
+        "task.streaming=true with training.train_sampling_strategy=random: …",
     ),
     (
         "training.load_best_model_at_end=true training.eval_strategy=no",
@@ -492,7 +520,14 @@ RANGES: list[tuple[str, str]] = [
     ("training.dataloader_num_workers=-1", "must be at least 0"),
     ("training.logging_steps=0", "must be at least 1"),
     ("training.save_steps=0", "must be at least 1"),
+    ("training.save_minutes=0.0", "must be above 0"),
+    ("training.save_overhead=0.0", "must be at most 1 and above 0"),
     ("training.save_total_limit=0", "must be at least 1"),
+    ("training.early_stopping_patience=0", "must be at least 1"),
+    ("training.early_stopping_threshold=-0.1", "must be at least 0"),
+    ("task.token_dropout=1.0", "must be at least 0 and below 1"),
+    ("launch.nodes=0", "must be at least 1"),
+    ("launch.ranks_per_node=0", "must be at least 1"),
     ("training.eval_strategy=steps training.eval_steps=0", "must be at least 1"),
 ]
 
