@@ -97,6 +97,7 @@ def settle(plan: Plan) -> Plan:
     sealed = sealed_plan(plan.paths.root)
     found = differences(plan.config, sealed.config)
     if not found:
+        _check_ranks(plan, sealed)
         return plan
     longer = all(line.partition(":")[0] in EXTENDING for line in found)
     if longer and read_json(plan.paths.metadata).get("extended"):
@@ -110,6 +111,18 @@ def settle(plan: Plan) -> Plan:
         f"{plan.paths.root} holds a run with another config ({'; '.join(found[:5])}"
         f"{'; ...' if len(found) > 5 else ''}): give another run_name"
     )
+
+
+def _check_ranks(plan: Plan, sealed: Plan) -> None:
+    """The number of processes isn't part of a run's name, but decides how its rows are shared."""
+    state = load_state(plan.paths)
+    began = state is not None and state.latest_checkpoint is not None
+    before, now = sealed.config.launch, plan.config.launch
+    if began and before.ranks != now.ranks:
+        raise ConfigError(
+            f"{plan.paths.root} was trained by {before.ranks} rank(s) so far, and this start has "
+            f"{now.ranks}: give launch.ranks_per_node={before.ranks_per_node}, or another run_name"
+        )
 
 
 def _never_began(paths: RunPaths) -> bool:

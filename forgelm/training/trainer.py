@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.distributed import split_dataset_by_node
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
@@ -34,7 +35,7 @@ from forgelm.run.checkpoints import Progress, read_progress, rotate, write_check
 from forgelm.run.files import keep_lines
 from forgelm.run.paths import RunPaths
 from forgelm.training.cadence import Cadence
-from forgelm.training.loader import Order, Stream, loader, unchanged_randomness
+from forgelm.training.loader import Order, Stream, loader, seed_from, unchanged_randomness
 from forgelm.training.snapshot import (
     Buffers,
     Writer,
@@ -108,10 +109,13 @@ class Exact(Trainer):
     # Data
 
     def get_train_dataloader(self) -> Any:
-        training, rows = self.safety.training, self.train_dataset
+        training, world, rows = self.safety.training, self.safety.world, self.train_dataset
+        seed = self.safety.seed
         if hasattr(rows, "__len__"):
             order: Order | Stream = self._order(rows)
         else:
+            rows = split_dataset_by_node(rows, world.rank, world.size)
+            seed = seed_from(seed, world.rank)
             order = self._stream = Stream(rows, training.per_device_train_batch_size)
             if self._resumed is not None:
                 position = read_progress(self._resumed).step * training.gradient_accumulation_steps
@@ -120,7 +124,7 @@ class Exact(Trainer):
             rows,
             self.data_collator,
             order,
-            self.safety.seed,
+            seed,
             training.dataloader_num_workers,
             training.dataloader_persistent_workers,
             self.args.dataloader_pin_memory,
