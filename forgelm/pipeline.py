@@ -175,6 +175,8 @@ def pipeline(run: Run, distributed: bool = False) -> None:
     if distributed:
         run.world = join(run.config.training.use_cpu)
     if run.world.first:
+        if run.state.restarts:
+            say(_how_it_ended(run))
         start_session(run)
     run.share()
     from forgelm.callbacks import duration
@@ -202,6 +204,16 @@ def pipeline(run: Run, distributed: bool = False) -> None:
         raise
     finally:
         tracker.finish(code)
+
+
+def _how_it_ended(run: Run) -> str:
+    """A line for each restart: what is known of the start before."""
+    last = run.metadata["sessions"][-1]
+    if last["stopped"] is None:
+        ended = "ended without a word"
+    else:
+        ended = f"ended at {last['stopped']} in step {last['to_step']} ({last['reason']})"
+    return f"restart {run.state.restarts} of run {run.run_id}; the start before {ended}"
 
 
 def track(run: Run) -> Tracker:

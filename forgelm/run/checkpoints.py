@@ -159,19 +159,20 @@ def newest_whole(paths: RunPaths, config_hash: str, keeps_best: bool) -> Path | 
     With `keeps_best` one that refers to a best checkpoint which isn't whole is passed over too:
     training from an earlier one makes the best again.
     """
-    wrong: dict[int, str] = {}
     for folder in paths.checkpoints():
-        found = damage(folder)
-        if found is None:
-            found = _unfit(read_progress(folder), paths, config_hash, keeps_best)
+        found = damage(folder) or _unfit(folder, paths, config_hash, keeps_best)
         if found is None:
             return folder
-        wrong[checkpoint_step(folder)] = found
         log.warning("%s can't be used: %s; trying the one before", folder.name, found)
     return None
 
 
-def _unfit(progress: Progress, paths: RunPaths, config_hash: str, keeps_best: bool) -> str | None:
+def _unfit(folder: Path, paths: RunPaths, config_hash: str, keeps_best: bool) -> str | None:
+    """Why a checkpoint that verified isn't one for this run."""
+    try:
+        progress = read_progress(folder)
+    except (TypeError, ValueError):
+        return f"{PROGRESS} was written by another version of forgelm"
     if progress.config_hash != config_hash:
         return f"it belongs to a run with another config ({progress.config_hash})"
     best = progress.best_step
