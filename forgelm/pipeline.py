@@ -150,6 +150,8 @@ def _how_to_go_on(run: Run) -> str:
 
 def _to_log_alone(run: Run) -> None:
     """The traceback into output.log, and on the screen with debug=true."""
+    if not run.owned:
+        return
     if run.config.debug:
         log.error(traceback.format_exc())
         return

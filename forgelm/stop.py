@@ -20,6 +20,7 @@ class _Flag:
     owner: int | None = None
     reason: str | None = None
     at: float = 0.0
+    last: bool = False
 
 
 _flag = _Flag()
@@ -39,9 +40,18 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _flag.owner = None
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        if not (_flag.last and _flag.reason is not None):
+            _flag.owner = None
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+
+def ends_with_this() -> None:
+    """This process ends when its command does: once asked to stop, it lets no signal hurry it.
+
+    Schedulers send several, and one that came after the work would turn the exit code into theirs.
+    """
+    _flag.last = True
 
 
 def request(reason: str) -> None:

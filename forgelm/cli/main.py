@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from forgelm import __version__
+from forgelm import __version__, stop
 from forgelm.errors import (
     EXIT_CONFIG_ERROR,
     EXIT_INTERRUPTED,
@@ -48,6 +48,7 @@ completion: eval "$(forgelm -sc install=bash)"
 
 def entry() -> None:
     """The console script."""
+    stop.ends_with_this()
     sys.exit(main(sys.argv[1:]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from forgelm import stop
@@ -79,11 +80,11 @@ def _one(run: str, overrides: Sequence[str], skip_busy: bool) -> int:
     from forgelm.config.request import check_request
     from forgelm.pipeline import start
 
-    quoted = run.replace("\\", "\\\\").replace("'", "\\'")
-    words = [f"resume='{quoted}'", *overrides]
     try:
-        (point,) = check_request(Request(tuple(words)))
-        return start(point.config, words, in_sweep=False, teacher_run=None)
+        (point,) = check_request(Request(tuple(overrides)))
+        # Not through Hydra: a folder's name may be anything.
+        config = replace(point.config, resume=run)
+        return start(config, list(overrides), in_sweep=False, teacher_run=None)
     except RunInUse as busy:
         if not skip_busy:
             return complain(busy)

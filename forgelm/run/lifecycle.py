@@ -47,14 +47,19 @@ class Run:
     def update(self, **changes: Any) -> None:
         """Change the run's state, on disk too."""
         self.state = replace(self.state, **changes)
-        if self.ownership is not None:
+        if self.owned:
             self.state.save(self.paths)
 
     def note(self, **facts: Any) -> None:
         """Add facts to the metadata, on disk too."""
         self.metadata |= facts
-        if self.ownership is not None:
+        if self.owned:
             write_json(self.paths.metadata, self.metadata)
+
+    @property
+    def owned(self) -> bool:
+        """Whether this process may write: it is the first rank, and nobody took the run over."""
+        return self.ownership is not None and not self.ownership.lost
 
     def share(self) -> None:
         """Give every rank what the first one knows of the run."""
@@ -137,7 +142,7 @@ def extend(run: Run) -> None:
     if not change:
         return
     run.note(extended=[*run.metadata.get("extended", []), {"at": now(), **change}])
-    if run.ownership is None:
+    if not run.owned:
         return
     if run.paths.eval.is_file():
         write_json(run.paths.eval, read_json(run.paths.eval) | {"after": None, "peak": None})
@@ -152,7 +157,8 @@ def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]
     Raises:
         RunInUse: another process is in it.
     """
-    output = OutputRoot(Path(config.output_root))
+    # Where the run lies, not where it was sealed: its output root may have been moved.
+    output = OutputRoot(paths.root.parents[3])
     with owned(paths) as ownership:
         sweep_leftovers(paths)
         seal(paths, config, digest, overrides)
@@ -165,7 +171,7 @@ def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]
         try:
             yield run
         finally:
-            if run.state.pipeline_complete:
+            if run.state.pipeline_complete and run.owned:
                 unregister(output, run.run_id)
 
 

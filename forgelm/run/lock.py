@@ -58,13 +58,13 @@ class Ownership:
         self.holder = holder
         self._handle = handle
         self._done = threading.Event()
-        self._lost = False
+        self.lost = False
         self._thread = threading.Thread(target=self._beat, name="forgelm-lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raise RunError when the directory isn't ours any more: nothing may be written then."""
-        if self._lost:
+        if self.lost:
             raise RunError(
                 f"{self.path.parent}: another process took this run over while this one was out of "
                 "reach; it goes on there"
@@ -73,7 +73,7 @@ class Ownership:
     def release(self) -> None:
         self._done.set()
         self._thread.join()
-        if not self._lost:
+        if not self.lost:
             os.ftruncate(self._handle, 0)
         # Unlocked by name: children that inherited the handle would keep the lock otherwise.
         with suppress(OSError):
@@ -84,8 +84,8 @@ class Ownership:
         while not self._done.wait(HEARTBEAT_S):
             with suppress(OSError):
                 found = _read(self.path)
-                self._lost = found is not None and found.token != self.holder.token
-                if not self._lost:
+                self.lost = found is not None and found.token != self.holder.token
+                if not self.lost:
                     os.utime(self._handle)
 
 
@@ -113,19 +113,11 @@ def _acquire(path: Path) -> Ownership:
             if other is None and locked is False:
                 raise RunInUse(f"{path.parent}: another process is just entering this run")
             if other is not None:
-                alive = _alive(other, locked)
-                if alive is None:
-                    alive = _heard(other, path, handle)
-                if alive:
-                    raise RunInUse(
-                        f"{path.parent}: {other} is in this run; wait for it, stop it, or give "
-                        "another run_name"
-                    )
-                log.warning("%s left this run without a word; taking it over", other)
-                if locked is False and not _flock(handle):
-                    os.close(handle)
-                    handle = _replace(path, other)
+                handle = _take_over(path, handle, other, locked)
             _write(handle, me)
+            if not _is_current(path, handle):
+                os.close(handle)
+                continue
         except BaseException:
             with suppress(OSError):
                 os.close(handle)
@@ -166,25 +158,48 @@ def _is_current(path: Path, handle: int) -> bool:
         return False
 
 
-def _replace(path: Path, dead: Holder) -> int:
-    """Put our own lock in the place of one that a dead holder still has; returns its handle."""
+def _take_over(path: Path, handle: int, other: Holder, locked: bool | None) -> int:
+    """The handle to hold the lock by, once it is sure that the holder it names is gone.
+
+    Raises:
+        RunInUse: it isn't gone, or somebody else is taking over.
+    """
+    with _alone(path):
+        found = _read(path)
+        if found is None or found.token != other.token:
+            raise RunInUse(f"{path.parent}: {found or 'another process'} is in this run")
+        alive = _alive(other, locked)
+        if alive is None:
+            alive = _heard(other, path, handle)
+        if alive:
+            raise RunInUse(
+                f"{path.parent}: {other} is in this run; wait for it, stop it, or give another "
+                "run_name"
+            )
+        log.warning("%s left this run without a word; taking it over", other)
+        if locked is not False or _flock(handle):
+            return handle
+        mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        fresh = _open(mine)
+        _flock(fresh)
+        os.replace(mine, path)
+        os.close(handle)
+        return fresh
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time decides about a dead holder: the decision may take long."""
     gate = path.with_name(path.name + ".takeover")
     try:
         os.close(os.open(gate, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         with suppress(FileNotFoundError):
-            if time.time() - gate.stat().st_mtime > PATIENCE_S:
+            if time.time() - gate.stat().st_mtime > 2 * PATIENCE_S:
                 gate.unlink()
         raise RunInUse(f"{path.parent}: another process is just taking this run over") from None
     try:
-        found = _read(path)
-        if found is not None and found.token != dead.token:
-            raise RunInUse(f"{path.parent}: {found} is in this run")
-        mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        handle = _open(mine)
-        _flock(handle)
-        os.replace(mine, path)
-        return handle
+        yield
     finally:
         gate.unlink(missing_ok=True)
 

@@ -70,7 +70,7 @@ class RunPaths:
         found = [
             path
             for path in self.root.glob(f"{CHECKPOINT_PREFIX}*")
-            if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+            if path.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()
         ]
         return sorted(found, key=checkpoint_step, reverse=True)
 

@@ -190,6 +190,10 @@ class Seeded(Dataset[Any]):
 class Loader(DataLoader[Any]):
     """A DataLoader over Seeded rows in an Order, told of the epoch as the trainer expects."""
 
+    def close(self) -> None:
+        """End persistent workers. They ignore signals, so nothing else would end them in time."""
+        self._iterator = None
+
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.batch_sampler, Order):
             self.batch_sampler.set_epoch(epoch)

@@ -35,7 +35,7 @@ from forgelm.run.checkpoints import Progress, read_progress, rotate, write_check
 from forgelm.run.files import keep_lines
 from forgelm.run.paths import RunPaths
 from forgelm.training.cadence import Cadence
-from forgelm.training.loader import Order, Stream, loader, seed_from, unchanged_randomness
+from forgelm.training.loader import Loader, Order, Stream, loader, seed_from, unchanged_randomness
 from forgelm.training.snapshot import (
     Buffers,
     Writer,
@@ -371,7 +371,11 @@ class Exact(Trainer):
             if self.finished or progress.pending:
                 self._take_up(checkpoint)
         if not self.finished:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            try:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            finally:
+                if isinstance(self.callback_handler.train_dataloader, Loader):
+                    self.callback_handler.train_dataloader.close()
             self.settle()
 
     def _take_up(self, checkpoint: Path) -> None:
