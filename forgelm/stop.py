@@ -40,10 +40,10 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        if not (_flag.last and _flag.reason is not None):
-            _flag.owner = None
-            for name, handler in before.items():
-                signal.signal(name, handler)
+        _flag.owner = None
+        for name, handler in before.items():
+            ending = _flag.last and _flag.reason is not None
+            signal.signal(name, signal.SIG_IGN if ending else handler)
 
 
 def ends_with_this() -> None:
