@@ -56,19 +56,25 @@ class Case:
         return -signal.SIGKILL if ranks == 1 else EXIT_TRAINING_ERROR
 
 
-CASES = (
-    Case("data preparation", "preparation", 1, "SIGTERM"),
-    Case("evaluation before", "evaluation_before", 2, "SIGTERM"),
-    Case("first step", "training", 1, "SIGINT"),
-    Case("training", "training", 4, "SIGTERM"),
-    Case("training", "training", 7, "SIGKILL"),
-    Case("evaluation in training", "evaluation", 2, "SIGUSR1"),
-    Case("second epoch", "training", _EPOCH + 1, "SIGUSR2"),
-    Case("a save", "save", 2, "SIGTERM"),
-    Case("a save", "save", 5, "SIGKILL"),
-    Case("finalize", "finalize", 2, "SIGTERM"),
-    Case("finalize", "finalize", 1, "SIGKILL"),
-)
+def cases(config: RunConfig) -> list[Case]:
+    """Every kind of interruption that the (small) config can meet."""
+    steps = config.max_steps or STEPS
+    evaluates = config.training.eval_strategy is not Interval.no
+    # A save passes its point three times; in the second save there is a checkpoint to go back to.
+    inside = 5 if steps > _SAVE_STEPS else 3
+    return [
+        Case("data preparation", "preparation", 1, "SIGTERM"),
+        Case("evaluation before", "evaluation_before", 1, "SIGTERM"),
+        Case("first step", "training", 1, "SIGINT"),
+        Case("training", "training", min(4, steps), "SIGTERM"),
+        Case("training", "training", min(7, steps), "SIGKILL"),
+        *([Case("evaluation in training", "evaluation", 1, "SIGUSR1")] if evaluates else []),
+        Case("second epoch", "training", min(_EPOCH + 1, steps), "SIGUSR2"),
+        Case("a save", "save", 2, "SIGTERM"),
+        Case("a save", "save", inside, "SIGKILL"),
+        Case("finalize", "finalize", 2, "SIGTERM"),
+        Case("finalize", "finalize", 1, "SIGKILL"),
+    ]
 
 
 @dataclass
@@ -135,7 +141,7 @@ def small_teacher(teacher: RunConfig | None, root: Path) -> RunConfig | None:
     return replace(teacher, output_root=str(root), max_steps=_TEACHER_STEPS)
 
 
-def drill(start: Start, config: RunConfig, cases: Sequence[Case] = CASES) -> Iterator[Outcome]:
+def drill(start: Start, config: RunConfig, chosen: Sequence[Case]) -> Iterator[Outcome]:
     """Interrupt and resume the (small) config once for each case; `start` runs a config.
 
     Raises:
@@ -151,7 +157,7 @@ def drill(start: Start, config: RunConfig, cases: Sequence[Case] = CASES) -> Ite
             f"the config fails without being interrupted (exit code {code}): "
             f"{said[-1].removeprefix('forgelm: ')}"
         )
-    for number, case in enumerate(cases):
+    for number, case in enumerate(chosen):
         yield _interrupted(start, config, case, f"case-{number}", directory(reference))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from forgelm.cli.train import request_from
@@ -28,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     config = points[0].config
     if config.resume is not None:
         raise ConfigError(f"resume={config.resume}: drill makes runs of its own; leave it out")
-    from forgelm.drill import CASES, drill, small, small_teacher, workplace
+    from forgelm.drill import cases, drill, small, small_teacher, workplace
     from forgelm.pipeline import start
     from forgelm.report import drill_row, drill_rows, table
 
@@ -39,8 +38,10 @@ def main(argv: Sequence[str]) -> int:
             return start(point, list(argv), in_sweep=False, teacher_run=teacher)
 
         outcomes = []
-        print(f"drill: {len(CASES)} interruptions of this config, in {folder}", flush=True)
-        for outcome in drill(begin, small(replace(config), folder)):
+        drilled = small(config, folder)
+        chosen = cases(drilled)
+        print(f"drill: {len(chosen)} interruptions of this config, in {folder}", flush=True)
+        for outcome in drill(begin, drilled, chosen):
             outcomes.append(outcome)
             print(f"  {drill_row(outcome)}", flush=True)
         print(table(drill_rows(outcomes)))
