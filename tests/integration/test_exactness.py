@@ -24,6 +24,7 @@ CASES: dict[str, tuple[Chain, ...]] = {
     "workers-persistent": (("training:7:SIGTERM",),),
     "accumulation-3": (("training:4:SIGTERM", "training:4:SIGTERM"), ("training:7:SIGKILL",)),
     "group-by-length": (("training:5:SIGTERM", "training:5:SIGKILL"),),
+    "stream-workers": (("training:6:SIGTERM", "training:4:SIGKILL"),),
     "best-early-stopping": (
         ("evaluation:1:SIGTERM", "evaluation:1:SIGTERM"),
         ("training:6:SIGTERM",),
