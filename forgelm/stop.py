@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from types import FrameType
 
 from forgelm.errors import Stopped
 
+_PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -77,9 +80,14 @@ def check() -> None:
 
 
 def ignore_in_worker(_worker: int = 0) -> None:
-    """For processes that feed this one: whoever stops them early breaks the step in flight."""
+    """For processes that feed this one: whoever stops them early breaks the step in flight.
+
+    When this one is killed they go at once: they hold its lock, which they inherited.
+    """
     for name in SIGNALS:
         signal.signal(name, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

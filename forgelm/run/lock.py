@@ -189,19 +189,25 @@ def _take_over(path: Path, handle: int, other: Holder, locked: bool | None) -> i
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process at a time decides about a dead holder: the decision may take long."""
+    """One process at a time decides about a dead holder: the decision may take long.
+
+    By a lock and not by a file's being there: who is killed here must not bar the next.
+    """
     gate = path.with_name(path.name + ".takeover")
-    try:
-        os.close(os.open(gate, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        with suppress(FileNotFoundError):
-            if time.time() - gate.stat().st_mtime > 2 * PATIENCE_S:
-                gate.unlink()
-        raise RunInUse(f"{path.parent}: another process is just taking this run over") from None
-    try:
-        yield
-    finally:
-        gate.unlink(missing_ok=True)
+    while True:
+        handle = _open(gate)
+        try:
+            if _flock(handle) is False:
+                raise RunInUse(f"{path.parent}: another process is just taking this run over")
+            if not _is_current(gate, handle):
+                continue
+            try:
+                yield
+            finally:
+                gate.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
 
 
 def _alive(other: Holder, locked: bool | None) -> bool | None:

@@ -25,7 +25,7 @@ from forgelm.run.paths import RunPaths
 
 # Says that it is in, stays until its stdin ends, and says whether the directory is still its own.
 CHILD = """
-import socket, sys
+import os, socket, sys
 from pathlib import Path
 
 from forgelm.errors import ForgeError
@@ -35,7 +35,7 @@ from forgelm.run.paths import RunPaths
 host = sys.argv[2]
 if host:
     socket.gethostname = lambda: host
-lock.HEARTBEAT_S, lock.PATIENCE_S = 0.1, 1.0
+lock.HEARTBEAT_S, lock.PATIENCE_S = 0.1, float(os.environ.get("PATIENCE", "1"))
 try:
     with lock.owned(RunPaths(Path(sys.argv[1]))) as ownership:
         print("in", flush=True)
@@ -124,6 +124,24 @@ def test_a_killed_holder_is_followed_at_once(enter: Enter, paths: RunPaths) -> N
         assert time.monotonic() - began < lock.PATIENCE_S / 2
         assert json.loads(paths.lock.read_text())["pid"] == os.getpid()
     assert paths.lock.read_text() == ""
+
+
+def test_a_process_killed_while_taking_over_bars_nobody(enter: Enter, paths: RunPaths) -> None:
+    leave_record(paths, host="far", slurm_job=None)
+    between = enter(PATIENCE="60")
+    wait_until(lambda: paths.lock.with_name(".lock.takeover").exists())
+    between.kill()
+    between.wait()
+    with owned(paths):
+        assert json.loads(paths.lock.read_text())["pid"] == os.getpid()
+    assert not paths.lock.with_name(".lock.takeover").exists()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_holder_that_is_only_suspended_is_not_followed(enter: Enter, paths: RunPaths) -> None:
