@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -21,12 +22,18 @@ class StepMetrics(TrainerCallback):
     """Every logged step to `metrics.jsonl`, a line each, and to the tracker.
 
     Only the first `kept` lines of the file stay: those of steps that will be done again go.
+    `written` is how many lines there are, and their SHA-256.
     """
 
     def __init__(self, path: Path, tracker: Tracker, kept: int) -> None:
         self.path = path
         self.tracker = tracker
         self.lines = keep_lines(path, kept)
+        self._hash = hashlib.sha256(path.read_bytes())
+
+    @property
+    def written(self) -> tuple[int, str]:
+        return self.lines, self._hash.hexdigest()
 
     def on_log(
         self,
@@ -44,9 +51,11 @@ class StepMetrics(TrainerCallback):
                 "or check the data; the last checkpoint stands"
             )
         line = {"step": state.global_step, "time": round(time.time(), 3), **_json_ready(values)}
+        text = json.dumps(line) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(text)
         self.lines += 1
+        self._hash.update(text.encode())
         self.tracker.log(state.global_step, {_group(k): v for k, v in values.items()})
 
 

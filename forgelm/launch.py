@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from forgelm import stop
-from forgelm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRAINING_ERROR, RankFailed
+from forgelm.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_TRAINING_ERROR,
+    RankFailed,
+)
 
 _POLL_S = 0.05
 # How long the others get to end by themselves once one has.
@@ -52,11 +58,12 @@ def _supervise(
             processes[0].wait(_GRACE_S)
         raise
     finally:
+        ended = [process.poll() for process in processes]
         for process in processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        _report(processes, said, log)
+        _report(ended, said, log)
 
 
 def _start(plan: Any, rank: int, ranks: int, port: int, said: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -71,6 +78,8 @@ def _start(plan: Any, rank: int, ranks: int, port: int, said: IO[bytes]) -> subp
         env={
             "OMP_NUM_THREADS": str(threads),
             "GLOO_SOCKET_IFNAME": "lo",
+            # Each rank would say that looking for unused parameters costs time.
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -114,14 +123,20 @@ def _watch(processes: list[subprocess.Popen[bytes]]) -> int:
     return code if code >= 0 else EXIT_TRAINING_ERROR
 
 
-def _report(processes: list[subprocess.Popen[bytes]], said: Sequence[IO[bytes]], log: Path) -> None:
-    """What failed ranks said last, to the screen and to the log, which nobody else writes now."""
-    for rank, (process, file) in enumerate(zip(processes, said, strict=True)):
-        file.seek(0)
-        text = file.read().decode(errors="replace").strip()
-        if process.returncode in (EXIT_OK, None) or not text:
+def _report(ended: Sequence[int | None], said: Sequence[IO[bytes]], log: Path) -> None:
+    """What ranks that failed by themselves said last, to the screen and to the log.
+
+    Nobody else writes the log now. The first rank has said its own already.
+    """
+    for rank, (code, file) in enumerate(zip(ended, said, strict=True)):
+        if rank == 0 or code in (None, EXIT_OK, EXIT_STOPPED, EXIT_INTERRUPTED):
             continue
-        lines = "".join(f"rank {rank}: {line}\n" for line in text.splitlines())
-        sys.stderr.write(f"forgelm: rank {rank}: {text.splitlines()[-1]}\n")
+        file.seek(0)
+        lines = file.read().decode(errors="replace").strip().splitlines()
+        if code is not None and code < 0:
+            lines.append(f"killed by {signal.Signals(-code).name}")
+        if not lines:
+            continue
+        sys.stderr.write(f"forgelm: rank {rank}: {lines[-1]}\n")
         with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as output:
-            output.write(lines)
+            output.writelines(f"rank {rank}: {line}\n" for line in lines)

@@ -28,6 +28,7 @@ from forgelm.run.files import read_json, readable, write_json, write_text
 from forgelm.run.lifecycle import (
     Run,
     end_session,
+    enrol,
     extend,
     follower,
     is_complete,
@@ -61,22 +62,27 @@ def start(
     Returns EXIT_OK; everything else is raised as a ForgeError.
     """
     set_up(config.debug)
+    if stop.requested() is not None:
+        raise Stopped(f"not begun ({stop.requested()}): the same command begins or goes on with it")
     plan = settle(resolve(config, overrides, in_sweep, teacher_run))
     if is_complete(plan.paths) and not plan.extends:
         say(f"{plan.paths.root} is complete; its results are in eval.json")
         return EXIT_OK
     with stop.listening():
         if plan.config.teacher.kind is TeacherKind.run:
-            _make_sure_of_teacher(RunPaths(Path(str(plan.config.teacher.run))))
+            _make_sure_of_teacher(plan, RunPaths(Path(str(plan.config.teacher.run))))
         _run(plan)
     return EXIT_OK
 
 
-def _make_sure_of_teacher(paths: RunPaths) -> None:
+def _make_sure_of_teacher(student: Plan, paths: RunPaths) -> None:
     """Train the teacher's run if nobody has; wait if somebody is at it."""
+    if not is_complete(paths):
+        enrol(student.paths, student.config, student.digest, student.overrides)
     waiting = False
     while not is_complete(paths):
         try:
+            stop.check()
             plan = sealed_plan(paths.root)
             say(f"the teacher isn't trained yet: training {paths.root} once, for all runs")
             _run(plan)
@@ -87,7 +93,10 @@ def _make_sure_of_teacher(paths: RunPaths) -> None:
             stop.check()
             time.sleep(_WAIT_S)
         except Stopped as stopped:
-            raise Stopped(f"while training the teacher: {stopped}, or the same command") from None
+            raise Stopped(
+                f"stopped while training the teacher ({stop.requested()}); to go on with both: "
+                f"forgelm resume {shlex.quote(str(student.paths.root))}"
+            ) from stopped
 
 
 def _run(plan: Plan) -> None:
@@ -130,6 +139,8 @@ def own(plan: Plan, distributed: bool = False) -> None:
                 reason = (
                     f"no space left for {plan.paths.root}; {_how_to_go_on(run)}, once there is some"
                 )
+            if run.world.size > 1 and "onnection closed by peer" in reason:
+                reason = f"another rank of this run ended; {_how_to_go_on(run)}"
             # On a full disk even this may fail, and must not hide the reason.
             with contextlib.suppress(OSError):
                 end_session(run, Status.failed, reason)
@@ -372,7 +383,7 @@ def opening_screen(run: Run, task: TaskData, models: Models, arguments: Training
         models.teacher,
         total_steps(run.config, task),
         precision,
-        str(arguments.device),
+        "cpu" if arguments.device.type == "cpu" else str(arguments.device),
     )
 
 
@@ -475,7 +486,12 @@ def train(
         teacher = (before or {}).get("teacher")
         kept = 0 if checkpoint is None else progress.metrics_lines
         metrics = StepMetrics(run.paths.metrics, tracker, kept)
-        trainer.lines_written = lambda: metrics.lines
+        if checkpoint is not None and metrics.written != (kept, progress.metrics_sha256):
+            raise RunError(
+                f"{run.paths.metrics}: isn't as {checkpoint.name} knows it ({kept} lines): restore "
+                "it, or delete the checkpoints to train anew"
+            )
+        trainer.metrics_written = lambda: metrics.written
         peak = TeacherPeak(config.task, peaks(run.paths.metrics, config.task), teacher)
         for callback in (metrics, peak, Progress()):
             trainer.add_callback(callback)

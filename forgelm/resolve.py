@@ -61,13 +61,15 @@ def _gone_on_with(config: RunConfig, overrides: Sequence[str]) -> Plan:
     barred = [key for key in typed if key not in _WITH_RESUME]
     if barred:
         raise ConfigError(
-            f"{', '.join(barred)} with resume={config.resume}: a run goes on with the config it "
-            f"was sealed with; only {' and '.join(EXTENDING)} may be given, to extend it"
+            f"{', '.join(barred)}: {config.resume} goes on with the config it was sealed with; "
+            f"only {' and '.join(EXTENDING)} may be given, to extend it"
         )
     plan = sealed_plan(find_run(str(config.resume), Path(config.output_root)).root)
     changes = {key: getattr(config, key) for key in EXTENDING if key in typed}
     extended = replace(plan.config, **changes, debug=config.debug)
-    problems = [*check(extended), *_shortened(plan, changes)]
+    # Where it lies is settled: whether it can be written is found when it is entered.
+    rules = [line for line in check(extended) if not line.startswith("output_root=")]
+    problems = [*rules, *_shortened(plan, changes)]
     if problems:
         raise ConfigError(problems)
     longer = any(getattr(plan.config, key) != value for key, value in changes.items())
@@ -79,8 +81,9 @@ def _shortened(plan: Plan, changes: dict[str, Any]) -> list[str]:
     state = load_state(plan.paths) or TrainingState()
     steps, epochs = changes.get("max_steps"), changes.get("epochs")
     problems = []
-    if steps is not None and steps < state.step:
-        problems.append(f"max_steps={steps}: the run is at step {state.step} already; give more")
+    goal = max(plan.config.max_steps or 0, state.target or 0)
+    if steps is not None and steps < goal:
+        problems.append(f"max_steps={steps}: the run has {goal}; give more")
     if epochs is not None and epochs < plan.config.epochs:
         problems.append(f"epochs={epochs:g}: the run has {plan.config.epochs:g}; give more")
     return problems

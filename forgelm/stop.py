@@ -24,6 +24,7 @@ class _Flag:
     reason: str | None = None
     at: float = 0.0
     last: bool = False
+    silent: bool = False
 
 
 _flag = _Flag()
@@ -43,18 +44,21 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        ending = _flag.last and _flag.reason is not None
         _flag.owner = None
+        if not ending:
+            _flag.reason = None
         for name, handler in before.items():
-            ending = _flag.last and _flag.reason is not None
             signal.signal(name, signal.SIG_IGN if ending else handler)
 
 
-def ends_with_this() -> None:
+def ends_with_this(silent: bool = False) -> None:
     """This process ends when its command does: once asked to stop, it lets no signal hurry it.
 
     Schedulers send several, and one that came after the work would turn the exit code into theirs.
+    `silent`: somebody else tells the person at the terminal that the stop has begun.
     """
-    _flag.last = True
+    _flag.last, _flag.silent = True, silent
 
 
 def request(reason: str) -> None:
@@ -98,6 +102,8 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         if _flag.reason is not None:
             raise KeyboardInterrupt
         request("Ctrl-C")
+        if _flag.silent:
+            return
         # Nothing but a raw write is safe in a handler: the log may be half-way through a line.
         os.write(2, b"\nforgelm: stopping after this step; Ctrl-C again stops at once\n")
         return

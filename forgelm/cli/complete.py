@@ -22,9 +22,9 @@ def complete(hydra: Callable[[], object]) -> str:
     """
     line = os.environ.get("COMP_LINE", "")
     words = line.partition(" ")[2].split(" ")
-    if len(words) > 1 and words[0] in COMMANDS and words[0] != "train":
+    if len(words) > 1 and words[0] in COMMANDS and words[0] not in _COMPOSING:
         return ""
-    os.environ["COMP_LINE"] = re.sub(r"^(\S+) +train(?= |$)", r"\1", line)
+    os.environ["COMP_LINE"] = re.sub(rf"^(\S+) +({'|'.join(_COMPOSING)})(?= |$)", r"\1", line)
     if words[-1].startswith("experiment="):
         return " ".join(name for name in _experiments(line) if name.startswith(words[-1]))
     said = io.StringIO()
@@ -49,4 +49,5 @@ def _experiments(line: str) -> list[str]:
     ]
 
 
+_COMPOSING = ("train", "drill")
 _CONFIG_DIR = ("--config-dir", "-cd")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 
 from forgelm import __version__, stop
@@ -24,6 +25,8 @@ COMMANDS = {
     "evaluate": "evaluate a run's final model on its task's splits",
     "predict": "apply a run's final model to own rows, written as a file",
 }
+
+_STOPPABLE = ("train", "resume")
 
 _HELP = """\
 usage: forgelm COMMAND ...
@@ -64,9 +67,11 @@ def main(argv: Sequence[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("train", argv)
     if name == "train" and rest is argv and not _for_hydra(argv[0]):
         return _unknown(argv[0])
-    command: Callable[[Sequence[str]], int] = import_module(f"forgelm.cli.{name}").main
     try:
-        return command(rest)
+        # Before anything that takes time: a signal that comes first asks for a stop like any other.
+        with stop.listening() if name in _STOPPABLE else nullcontext():
+            command: Callable[[Sequence[str]], int] = import_module(f"forgelm.cli.{name}").main
+            return command(rest)
     except ForgeError as error:
         return complain(error)
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ def main() -> int:
     plan, sys.argv = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     set_up(plan.config.debug)
-    stop.ends_with_this()
+    stop.ends_with_this(silent=True)
     try:
         with stop.listening():
             if rank == 0:

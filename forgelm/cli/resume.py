@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from forgelm import stop
 from forgelm.cli.main import complain, crash
-from forgelm.errors import EXIT_OK, EXIT_STOPPED, ConfigError, ForgeError, RunInUse, worst
+from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunInUse, worst
 
 _HELP = """\
 usage: forgelm resume RUN... [OVERRIDES]
@@ -64,14 +63,10 @@ def _all_incomplete(overrides: Sequence[str]) -> int:
 
 def _each(runs: Sequence[str], overrides: Sequence[str], skip_busy: bool = False) -> int:
     codes = []
-    with stop.listening():
-        for run in runs:
-            if stop.requested() is not None:
-                codes.append(EXIT_STOPPED)
-                break
-            if len(runs) > 1:
-                print(f"-- {run}", flush=True)
-            codes.append(_one(run, overrides, skip_busy))
+    for run in runs:
+        if len(runs) > 1:
+            print(f"-- {run}", flush=True)
+        codes.append(_one(run, overrides, skip_busy))
     return worst(codes)
 
 

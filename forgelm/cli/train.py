@@ -16,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from forgelm import stop
 from forgelm.cli.main import complain, crash
 from forgelm.config.compose import (
     CONFIG_NAME,
@@ -28,7 +27,7 @@ from forgelm.config.compose import (
 )
 from forgelm.config.request import check_request, teacher_run
 from forgelm.config.schema import RunConfig
-from forgelm.errors import EXIT_OK, EXIT_STOPPED, ConfigError, ForgeError, worst
+from forgelm.errors import EXIT_OK, ConfigError, ForgeError, worst
 
 _codes: list[int] = []
 
@@ -38,9 +37,6 @@ def job(composed: DictConfig) -> int:
     """One run, as Hydra starts it, alone or as a point of a sweep; returns its exit code."""
     from forgelm.pipeline import start
 
-    if stop.requested() is not None:
-        _codes.append(EXIT_STOPPED)
-        return EXIT_STOPPED
     settings = HydraConfig.get()
     config = to_typed(composed)
     try:
@@ -77,8 +73,7 @@ def main(argv: Sequence[str]) -> int:
             return _show(arguments, points[0].composed)
     _codes.clear()
     try:
-        with stop.listening():
-            job()
+        job()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_OK
     return worst(_codes)

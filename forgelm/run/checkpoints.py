@@ -30,9 +30,9 @@ _YOUNG_S = 60
 class Progress:
     """What a checkpoint knows beside the trainer's own state.
 
-    `metrics_lines` counts the lines of `metrics.jsonl` at the time. `line` holds the values of this
-    step that aren't in that file yet, because its evaluation is still `pending`. `finished` means
-    that training ended here, whatever the target.
+    `metrics_lines` counts the lines of `metrics.jsonl` at the time, `metrics_sha256` is their hash.
+    `line` holds the values of this step that aren't in that file yet, because its evaluation is
+    still `pending`. `finished` means that training ended here, whatever the target.
     """
 
     config_hash: str
@@ -40,6 +40,7 @@ class Progress:
     target: int
     ranks: int
     metrics_lines: int
+    metrics_sha256: str
     line: dict[str, Any] = field(default_factory=dict)
     pending: bool = False
     finished: bool = False
@@ -62,6 +63,8 @@ def write_checkpoint(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
+        if paths.metrics.is_file():
+            _flush(paths.metrics)
         write_files(beside)
         (beside / PROGRESS).write_text(json.dumps(asdict(progress), indent=2), encoding="utf-8")
         _seal(beside)
@@ -96,11 +99,7 @@ def _seal(folder: Path) -> None:
     listed = {}
     for path in files:
         readable(path)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush(path)
         name = path.relative_to(folder).as_posix()
         listed[name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
     manifest: dict[str, Any] = {"format": FORMAT, "files": listed}
@@ -108,6 +107,14 @@ def _seal(folder: Path) -> None:
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     for inner in {path.parent for path in files}:
         flush_folder(inner)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_hash(path: Path) -> str:

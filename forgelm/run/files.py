@@ -56,10 +56,12 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises RunError, naming the file, when it isn't one."""
+    """The content of a JSON file; raises RunError, naming the file, when it isn't one, or isn't."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except FileNotFoundError:
+        raise RunError(f"{path}: missing; restore it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: damaged, not JSON any more: {error}; restore it") from error
 
 

@@ -21,6 +21,8 @@ def find_run(text: str, output_root: Path) -> RunPaths:
     folder = Path(text).expanduser()
     if RunPaths(folder).config.is_file():
         return RunPaths(folder.resolve())
+    if RunPaths(folder).metadata.is_file():
+        raise ConfigError(f"{text}: its config.yaml is missing; restore it")
     runs = sorted(path.parent for path in output_root.glob(_DEPTH))
     found = [run for run in runs if text in (run.name, _run_id(run))]
     if len(found) == 1:

@@ -96,8 +96,10 @@ def load_sealed(folder: Path) -> RunConfig:
         tree.mode = OmegaConf.structured(MODES[loaded.mode.name])
         merged = OmegaConf.merge(tree, loaded)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: not a config of this version of forgelm: {first}") from error
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"{path}: not a config of this version of forgelm: {said}; restore it"
+        ) from error
     assert isinstance(merged, DictConfig)
     return to_typed(merged)
 
@@ -148,6 +150,12 @@ def extend(run: Run) -> None:
         write_json(run.paths.eval, read_json(run.paths.eval) | {"after": None, "peak": None})
     write_text(run.paths.config, OmegaConf.to_yaml(OmegaConf.structured(run.config)))
     run.update(pipeline_complete=False)
+
+
+def enrol(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]) -> None:
+    """Seal and register a run that will be begun later, so that it isn't forgotten."""
+    seal(paths, config, digest, overrides)
+    register(OutputRoot(paths.root.parents[3]), read_json(paths.metadata)["run_id"], paths)
 
 
 @contextmanager

@@ -24,11 +24,21 @@ def unregister(output: OutputRoot, run_id: str) -> None:
 
 
 def incomplete(output: OutputRoot) -> list[Path]:
-    """The directories of the registered runs that are there and weren't cancelled, by name."""
+    """The directories of the registered runs that weren't cancelled, by name.
+
+    Entries of runs that are gone, or complete, are dropped.
+    """
     found = []
     for entry in output.register.glob("*.json"):
-        folder = output.root / read_json(entry)["directory"]
-        state = load_state(RunPaths(folder))
-        if state is not None and state.status is not Status.cancelled:
-            found.append(folder)
+        known = read_json(entry)
+        paths = RunPaths(output.root / known["directory"])
+        state = load_state(paths)
+        if state is None or state.pipeline_complete or _run_id(paths) != known["run_id"]:
+            entry.unlink(missing_ok=True)
+        elif state.status is not Status.cancelled:
+            found.append(paths.root)
     return sorted(found)
+
+
+def _run_id(paths: RunPaths) -> str | None:
+    return read_json(paths.metadata)["run_id"] if paths.metadata.is_file() else None

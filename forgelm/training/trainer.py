@@ -79,7 +79,7 @@ class Exact(Trainer):
     """A trainer that saves, stops and goes on without changing the result.
 
     `stopped` is why it was asked to stop, `finished` whether training reached its end all the same.
-    `lines_written` says how many lines `metrics.jsonl` has.
+    `metrics_written` says how many lines `metrics.jsonl` has, and their SHA-256.
     """
 
     control: TrainerControl
@@ -88,7 +88,7 @@ class Exact(Trainer):
         super().__init__(*args, **kwargs)
         self.safety = safety
         self.stopped: str | None = None
-        self.lines_written: Callable[[], int] = lambda: 0
+        self.metrics_written: Callable[[], tuple[int, str]] = lambda: (0, "")
         self._writer = Writer()
         self._buffers = Buffers()
         self._line: dict[str, Any] = {}
@@ -330,12 +330,14 @@ class Exact(Trainer):
         return job
 
     def _progress(self) -> Progress:
+        lines, digest = self.metrics_written()
         return Progress(
             config_hash=self.safety.config_hash,
             step=self.state.global_step,
             target=self.state.max_steps,
             ranks=self.safety.world.size,
-            metrics_lines=self.lines_written(),
+            metrics_lines=lines,
+            metrics_sha256=digest,
             line=dict(self._line),
             pending=self._pending,
             finished=self.finished,

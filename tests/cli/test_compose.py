@@ -333,12 +333,12 @@ def test_version_answers_at_once() -> None:
 def test_an_unknown_command_is_answered_at_once(word: str, hint: str) -> None:
     code, out, said, packages = loaded(word)
     assert (code, out) == (1, "")
-    assert said.startswith(f"forgelm: {word}: no such command; one of train, evaluate, predict")
+    assert said.startswith(f"forgelm: {word}: no such command; one of train, resume, drill, ")
     assert said.endswith(f"or an override such as mode=kd{hint}")
     assert packages.isdisjoint(INSTANT)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize("command", ["resume", "drill", "evaluate", "predict"])
 def test_help_of_a_command_loads_no_torch(command: str) -> None:
     code, out, said, packages = loaded(command, "--help")
     assert (code, said) == (0, "")

@@ -19,7 +19,7 @@ from forgelm import interrupt
 from forgelm.drill import metric_lines, order_differences, record_differences, weight_differences
 from forgelm.run import lock
 from forgelm.run.files import read_json, write_json
-from forgelm.run.paths import RunPaths
+from forgelm.run.paths import OutputRoot, RunPaths
 
 SMALL = (
     "model.tiny.num_hidden_layers=1",
@@ -162,14 +162,18 @@ def test_a_complete_run_is_left_as_it_is(forgelm: Command, mine: RunPaths) -> No
         (["max_steps=9"], ["resume needs a RUN, or --incomplete"]),
         (["mine", "--locally"], ["--locally: no such option; one of --incomplete, --local"]),
         (["mine", "--incomplete"], ["--incomplete with mine: name runs, or take all"]),
-        (["mine", "seed=3"], ["seed with resume=", "only max_steps and epochs may be given"]),
+        (
+            ["mine", "seed=3"],
+            ["seed: mine goes on", "only max_steps and epochs may"],
+        ),
         (
             ["mine", "training.learning_rate=1", "max_steps=9"],
-            ["training.learning_rate with resume="],
+            ["training.learning_rate: mine goes on with the config"],
         ),
-        (["mine", "mode=kd"], ["mode with resume="]),
+        (["mine", "mode=kd"], ["mode: mine goes on with the config"]),
         (["mine", "max_step=9"], ["max_step", "max_steps"]),
-        (["mine", "max_steps=2"], ["max_steps=2: the run is at step 3 already; give more"]),
+        (["mine", "max_steps=2"], ["max_steps=2: the run has 8; give more"]),
+        (["mine", "max_steps=7"], ["max_steps=7: the run has 8; give more"]),
         (["mine", "epochs=1"], ["epochs=1: the run has 1.5; give more"]),
         (["mine", "output_root=empty"], ["mine: no such run", "below empty"]),
     ],
@@ -371,3 +375,14 @@ def test_help_is_there_at_once() -> None:
     assert shown.stdout.startswith("usage: forgelm resume RUN... [OVERRIDES]")
     assert "--incomplete" in shown.stdout
     assert shown.stderr == ""
+
+
+def test_entries_of_runs_that_are_gone_are_dropped(forgelm: Command, mine: RunPaths) -> None:
+    register = OutputRoot(mine.root.parents[3]).register
+    for run_id, name in (("fg-gone", "gone"), ("fg-other", "mine")):
+        entry = {"run_id": run_id, "directory": f"nli_mini/tiny/sft/{name}"}
+        write_json(register / f"{run_id}.json", entry)
+    done = forgelm("resume", "--incomplete")
+    assert done.code == 0, done.err
+    assert status(mine) == "complete"
+    assert list(register.iterdir()) == []

@@ -355,7 +355,10 @@ REQUESTS: list[tuple[str, ...]] = [
     # Going on with what isn't a run
     ("resume=nowhere", "…nowhere…: no such run…"),
     ("resume=not_a_run", "…not_a_run…: no such run…"),
-    ("resume=not_a_run seed=2", "seed with resume=not_a_run: …only max_steps and epochs may be …"),
+    (
+        "resume=not_a_run seed=2",
+        "seed: not_a_run goes on with …only max_steps and epochs may …",
+    ),
     # Sweeps
     ("mode=kd,sft", "mode=kd,sft: a sweep; add -m to run all of it…"),
     ("seed=range(1,3)", "seed=range(1,3): a sweep; add -m to run all of it…"),

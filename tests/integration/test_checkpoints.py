@@ -610,3 +610,21 @@ def test_a_run_that_stopped_early_goes_further(
     state = read_json(run.state)
     assert (state["status"], state["step"], state["target"]) == ("complete", 8, 20)
     assert [line["step"] for line in metric_lines(run)] == [2, 3, 4, 6, 8]
+
+
+@pytest.mark.parametrize("damage_to", [delete, empty, alter])
+def test_lost_metrics_are_not_gone_on_from(
+    forgelm: Command,
+    stopped: Callable[..., RunPaths],
+    whole: Whole,
+    damage_to: Callable[[Path], None],
+) -> None:
+    run = stopped("training:8:SIGTERM")
+    kept = run.metrics.read_bytes()
+    damage_to(run.metrics)
+    refused = forgelm("resume", str(run.root))
+    assert_one_line(refused, "metrics.jsonl: isn't as checkpoint-8 knows it", "restore it")
+    assert refused.code == 2
+    run.metrics.write_bytes(kept)
+    assert forgelm("resume", str(run.root)).code == 0
+    assert differences(run, whole()) == []
