@@ -26,26 +26,29 @@ MODEL = (
     "model.tiny.num_hidden_layers=6",
     "model.tiny.num_attention_heads=8",
     "model.tiny.intermediate_size=2048",
+    "training.per_device_train_batch_size=8",
     "training.eval_strategy=no",
     "training.logging_steps=1000",
 )
-EVERY = 8
-SAVES = 5
+EVERY = 20
+SAVES = 11
+# The first ones: until old checkpoints are rotated out, each takes new memory for its files.
+BEGINNING = 3
 LATE = 3000
 
 
 def stalls(ends: list[float], first: int, every: int) -> list[float]:
     """Time that each save took from training, in steps; step `first` is the first that saves.
 
-    What the steps after a save took beyond as many undisturbed ones: the second half of each
-    interval, when nothing is being written any more.
+    What the first half of the steps after a save took beyond as many of the second half, when
+    nothing is being written any more.
     """
     steps = [after - before for before, after in itertools.pairwise(ends)]
-    found = []
+    found, half = [], every // 2
     for save in range(first, len(steps) - every + 1, every):
         window = steps[save - 1 : save - 1 + every]
-        plain = statistics.median(window[every // 2 :])
-        found.append((sum(window) - every * plain) / plain)
+        plain = statistics.mean(window[half : 2 * half])
+        found.append((sum(window[:half]) - half * plain) / plain)
     return found
 
 
@@ -65,7 +68,7 @@ def stall(folder: Path) -> bool:
             clock = Clock()
             opened.trainer.add_callback(clock)
             opened.trainer.go_on(None)
-            ours += stalls(clock.ends, EVERY, EVERY)
+            ours += stalls(clock.ends, EVERY, EVERY)[BEGINNING:]
             arguments = TrainingArguments(
                 output_dir=str(folder / f"stock-{turn}"),
                 max_steps=steps,
@@ -88,7 +91,7 @@ def stall(folder: Path) -> bool:
             clock = Clock()
             trainer.add_callback(clock)
             trainer.train()
-            stock += stalls(clock.ends, EVERY, EVERY)
+            stock += stalls(clock.ends, EVERY, EVERY)[BEGINNING:]
             shutil.rmtree(folder / f"stock-{turn}")
     show("one save, stock Trainer, steps", stock, None)
     return show("one save, forgelm, steps", ours, 0.7)

@@ -208,7 +208,7 @@ def _lines(path: Path) -> int:
 
 def weight_differences(ours: RunPaths, theirs: RunPaths) -> list[str]:
     """Final model files, and tensors of the last checkpoint's optimizer, that differ."""
-    import torch
+    from forgelm.training.tensors import load_tree
 
     found = []
     names = {path.name for run in (ours, theirs) for path in run.root.glob("*.safetensors")}
@@ -220,7 +220,7 @@ def weight_differences(ours: RunPaths, theirs: RunPaths) -> list[str]:
     if last[0] != last[1]:
         return [*found, f"the last checkpoint is {last[1]} instead of {last[0]}"]
     for name in ("optimizer.pt", "scheduler.pt", "ranks.pt"):
-        trees = [torch.load(run.root / last[0] / name, weights_only=True) for run in (ours, theirs)]
+        trees = [load_tree(run.root / last[0] / name) for run in (ours, theirs)]
         if not _equal(*trees):
             found.append(f"{last[0]}/{name}")
     return found

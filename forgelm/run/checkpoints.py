@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -57,11 +58,18 @@ def write_checkpoint(
 
     Only then does `latest_checkpoint` name it. A folder of that name is replaced: it is one that
     didn't verify. After an error nothing of the new one is left.
+
+    `write_files` finds the files of the last checkpoint that was rotated out and should write over
+    them: memory for as many new pages costs the machine more than the copying.
     """
     final = paths.checkpoint(progress.step)
     beside = paths.root / f".{final.name}.part"
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    if paths.spare.is_dir():
+        os.rename(paths.spare, beside)
+        (beside / MANIFEST).unlink(missing_ok=True)
+    else:
+        beside.mkdir()
     try:
         if paths.metrics.is_file():
             _flush(paths.metrics)
@@ -119,8 +127,11 @@ def _flush(path: Path) -> None:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.stat().st_size:
+        return hashlib.sha256().hexdigest()
+    # In one piece: Python's lock isn't taken in between, which a background save would compete for.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def _own_hash(manifest: dict[str, Any]) -> str:
@@ -197,11 +208,10 @@ def rotate(paths: RunPaths, limit: int | None, keep: set[int]) -> None:
     there = paths.checkpoints()
     spare = [folder for folder in reversed(there) if checkpoint_step(folder) not in keep]
     for folder in spare[: max(0, len(there) - limit)]:
-        # Renamed first: a kill half-way through must not leave a folder that looks like one.
-        going = paths.root / f".{folder.name}.old"
-        shutil.rmtree(going, ignore_errors=True)
-        os.rename(folder, going)
-        shutil.rmtree(going, ignore_errors=True)
+        # Renamed and not deleted: a kill half-way through must not leave a folder that looks like
+        # one, and the next checkpoint is written over it.
+        shutil.rmtree(paths.spare, ignore_errors=True)
+        os.rename(folder, paths.spare)
 
 
 def sweep_leftovers(paths: RunPaths) -> None:

@@ -60,9 +60,14 @@ class RunPaths:
             return None
         return self.latest_checkpoint.read_text(encoding="utf-8").strip()
 
+    @property
+    def spare(self) -> Path:
+        """A checkpoint that was rotated out, kept while training goes on: see write_checkpoint."""
+        return self.root / f".spare{HALF_WRITTEN}"
+
     def leftovers(self) -> list[Path]:
         """What a killed process may have left half-written or half-deleted."""
-        patterns = (f".*{HALF_WRITTEN}", f".{CHECKPOINT_PREFIX}*.old", ".final-*")
+        patterns = (f".*{HALF_WRITTEN}", ".final-*")
         return [path for pattern in patterns for path in self.root.glob(pattern)]
 
     def checkpoints(self) -> list[Path]:

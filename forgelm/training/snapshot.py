@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -18,7 +17,8 @@ import torch
 
 from forgelm.errors import ForgeError
 
-_LOWEST_PRIORITY = 19
+# Low enough to leave the processors to training, high enough to be done before the next save.
+_LOWER_PRIORITY = 12
 
 
 class Buffers:
@@ -135,10 +135,14 @@ class Writer:
 
 
 def _step_back() -> None:
-    """Leave contended processors to the training. Linux has priorities by thread."""
+    """Leave contended processors to the training. Linux has priorities by thread.
+
+    Only for work that lets go of Python's lock: training would wait for a thread that holds it and
+    is given no time.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWER_PRIORITY)
 
 
 def randomness() -> dict[str, Any]:
@@ -166,14 +170,3 @@ def restore_randomness(state: dict[str, Any]) -> None:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def save_tree(tree: Any, path: Path) -> None:
-    # Through a file of our own: only so the reason of a failed write isn't lost.
-    with path.open("wb") as file:
-        torch.save(tree, file)
-
-
-def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote; nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)

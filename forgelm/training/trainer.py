@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,17 +37,12 @@ from forgelm.run.files import keep_lines
 from forgelm.run.paths import RunPaths
 from forgelm.training.cadence import Cadence
 from forgelm.training.loader import Loader, Order, Stream, loader, seed_from, unchanged_randomness
-from forgelm.training.snapshot import (
-    Buffers,
-    Writer,
-    load_tree,
-    randomness,
-    restore_randomness,
-    save_tree,
-)
+from forgelm.training.snapshot import Buffers, Writer, randomness, restore_randomness
+from forgelm.training.tensors import load_tree, save_tree, write_tensors
 from forgelm.world import World
 
 STATE = "trainer_state.json"
+WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 SCALER = "scaler.pt"
@@ -314,7 +310,8 @@ class Exact(Trainer):
         paths, limit = self.safety.paths, self.safety.training.save_total_limit
 
         def write_files(folder: Path) -> None:
-            model.save_pretrained(folder, state_dict=weights)
+            model.config.save_pretrained(folder)
+            write_tensors(weights, folder / WEIGHTS)
             for name, tree in trees.items():
                 point("save")
                 save_tree(tree, folder / name)
@@ -356,6 +353,8 @@ class Exact(Trainer):
         """Wait until the last save is durable."""
         self._writer.wait()
         self.note_sealed()
+        if self.safety.world.first:
+            shutil.rmtree(self.safety.paths.spare, ignore_errors=True)
 
     # Going on
 
@@ -404,6 +403,11 @@ class Exact(Trainer):
         self._line, self._pending = dict(progress.line), progress.pending
         self._without_gain = progress.evaluations_without_gain
         self._saved_step = self._sealed_step = self._noted_step = progress.step
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_tree(Path(checkpoint) / OPTIMIZER))
+            self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint) / SCHEDULER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

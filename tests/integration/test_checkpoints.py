@@ -49,8 +49,10 @@ FILES = (
     MANIFEST,
     "model.safetensors",
     "optimizer.pt",
+    "optimizer.safetensors",
     "progress.json",
     "ranks.pt",
+    "ranks.safetensors",
     "scheduler.pt",
     "trainer_state.json",
 )
