@@ -170,20 +170,23 @@ def late_resume(folder: Path) -> bool:
         opened.trainer.go_on(None)
         paths = opened.run.paths
 
+    class OneStep(Clock):
+        """Ends the training after its first step."""
+
+        def __init__(self, trainer: Any) -> None:
+            super().__init__()
+            self.trainer = trainer
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_step_end()
+            self.trainer.control.should_training_stop = True
+
     def until_first_step(step: int) -> float:
         with training(config) as opened:
-            clock, trainer = Clock(), opened.trainer
-            trainer.add_callback(clock)
-
-            def stop_at_once(*args: Any, **kwargs: Any) -> None:
-                trainer.control.should_training_stop = True
-
-            clock.on_step_end = lambda *a, **k: (
-                clock.ends.append(time.perf_counter()),
-                stop_at_once(),
-            )  # type: ignore[method-assign]
+            clock = OneStep(opened.trainer)
+            opened.trainer.add_callback(clock)
             began = time.perf_counter()
-            trainer.go_on(paths.checkpoint(step))
+            opened.trainer.go_on(paths.checkpoint(step))
             return clock.ends[0] - began
 
     early, late = LATE // 100, LATE

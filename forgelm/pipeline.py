@@ -139,7 +139,7 @@ def own(plan: Plan, distributed: bool = False) -> None:
                 reason = (
                     f"no space left for {plan.paths.root}; {_how_to_go_on(run)}, once there is some"
                 )
-            if run.world.size > 1 and "onnection closed by peer" in reason:
+            if run.world.size > 1 and any(word in reason for word in ("gloo/", "NCCL")):
                 reason = f"another rank of this run ended; {_how_to_go_on(run)}"
             # On a full disk even this may fail, and must not hide the reason.
             with contextlib.suppress(OSError):
