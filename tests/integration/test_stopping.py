@@ -260,8 +260,10 @@ def test_a_stop_while_the_teacher_is_trained(
     words = ("--config-dir", str(folder), "mode=kd", "task.teacher_experiment=quick")
     stopped = interrupted("training:3:SIGTERM", *words)
     (theirs,) = (tmp_path / "outputs/nli_mini/quick/sft").iterdir()
+    (ours,) = (tmp_path / "outputs/nli_mini/tiny/kd").iterdir()
     assert stopped.code == 75
-    assert f"forgelm resume {theirs}" in stopped.err
+    assert f"to go on with both: forgelm resume {ours}" in stopped.err
+    assert len(registered(tmp_path / "outputs")) == 2
     assert read_json(theirs / "training_state.json")["status"] == "preempted"
     gone_on = tiny(*SMALL, *words)
     assert gone_on.code == 0, gone_on.err
