@@ -455,7 +455,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
@@ -532,7 +532,7 @@ def test_a_read_only_run_directory_is_said(
         subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
         assert_one_line(tiny(*SMALL, *words), run, "Read-only file system")
     finally:
-        subprocess.run(["umount", run], check=True)
+        subprocess.run(["umount", "-l", run], check=True)
     assert tiny(*SMALL, *words).code == 0
 
 

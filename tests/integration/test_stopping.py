@@ -346,7 +346,7 @@ def test_a_signal_to_the_whole_process_group_stops_safely(
     with child(tmp_path, *words) as process:
         wait_for_training(run, process)
         os.killpg(process.pid, signal.SIGTERM)
-        err = process.communicate(timeout=20)[1]
+        err = process.communicate(timeout=60)[1]
     assert process.returncode == 75, err
     assert "Traceback" not in err
     state = read_json(run / "training_state.json")
