@@ -110,10 +110,6 @@ class Writer:
         self.cost.stall = time.monotonic() - began
 
     @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    @property
     def price(self) -> float:
         """Seconds that a save costs training: the stall, and the processor time spent beside it."""
         return self.cost.stall + self._burnt
