@@ -58,41 +58,36 @@ def stall(folder: Path) -> bool:
     from transformers.trainer_callback import PrinterCallback
 
     steps = EVERY * (SAVES + 1)
-    ours: list[float] = []
-    stock: list[float] = []
     config = compose(folder, *MODEL, f"max_steps={steps}", f"training.save_steps={EVERY}")
-    for turn in range(1):
-        shutil.rmtree(folder / "nli_mini", ignore_errors=True)
-        with training(config) as opened:
-            student = copy.deepcopy(opened.models.student)
-            clock = Clock()
-            opened.trainer.add_callback(clock)
-            opened.trainer.go_on(None)
-            ours += stalls(clock.ends, EVERY, EVERY)[BEGINNING:]
-            arguments = TrainingArguments(
-                output_dir=str(folder / f"stock-{turn}"),
-                max_steps=steps,
-                save_steps=EVERY,
-                save_total_limit=2,
-                per_device_train_batch_size=config.training.per_device_train_batch_size,
-                remove_unused_columns=False,
-                logging_steps=1000,
-                disable_tqdm=True,
-                report_to="none",
-                use_cpu=opened.trainer.args.use_cpu,
-            )
-            trainer = Trainer(
-                model=student,
-                args=arguments,
-                train_dataset=opened.task.train,
-                data_collator=opened.task.collator,
-            )
-            trainer.remove_callback(PrinterCallback)
-            clock = Clock()
-            trainer.add_callback(clock)
-            trainer.train()
-            stock += stalls(clock.ends, EVERY, EVERY)[BEGINNING:]
-            shutil.rmtree(folder / f"stock-{turn}")
+    with training(config) as opened:
+        student = copy.deepcopy(opened.models.student)
+        clock = Clock()
+        opened.trainer.add_callback(clock)
+        opened.trainer.go_on(None)
+        ours = stalls(clock.ends, EVERY, EVERY)[BEGINNING:]
+        arguments = TrainingArguments(
+            output_dir=str(folder / "stock"),
+            max_steps=steps,
+            save_steps=EVERY,
+            save_total_limit=2,
+            per_device_train_batch_size=config.training.per_device_train_batch_size,
+            remove_unused_columns=False,
+            logging_steps=1000,
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=opened.trainer.args.use_cpu,
+        )
+        trainer = Trainer(
+            model=student,
+            args=arguments,
+            train_dataset=opened.task.train,
+            data_collator=opened.task.collator,
+        )
+        trainer.remove_callback(PrinterCallback)
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        stock = stalls(clock.ends, EVERY, EVERY)[BEGINNING:]
     show("one save, stock Trainer, steps", stock, None)
     return show("one save, forgelm, steps", ours, 0.7)
 

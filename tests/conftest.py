@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +78,28 @@ def tiny(forgelm: Command) -> Command:
 
     def call(*words: str) -> Result:
         return forgelm("train", *TINY, *words)
+
+    return call
+
+
+@contextmanager
+def interruption(case: str) -> Iterator[None]:
+    """Runs inside send themselves a signal, `POINT:COUNT:SIGNAL`; counting begins anew."""
+    from forgelm import interrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interrupt, "_seen", Counter())
+        patch.setenv(interrupt.VARIABLE, case)
+        yield
+
+
+@pytest.fixture
+def interrupted(request: pytest.FixtureRequest, tiny: Command) -> Command:
+    """A run of the module's SMALL that is interrupted: `POINT:COUNT:SIGNAL`, then overrides."""
+
+    def call(case: str, *words: str) -> Result:
+        with interruption(case):
+            return tiny(*request.module.SMALL, *words)
 
     return call
 

@@ -61,21 +61,6 @@ Whole = Callable[..., RunPaths]
 Interrupted = Callable[..., Result]
 
 
-@pytest.fixture
-def interrupted(tiny: Command, monkeypatch: pytest.MonkeyPatch) -> Interrupted:
-    """A small run that sends itself a signal: `POINT:COUNT:SIGNAL`, then overrides."""
-
-    def call(case: str, *words: str) -> Result:
-        monkeypatch.setattr(interrupt, "_seen", Counter())
-        monkeypatch.setenv(interrupt.VARIABLE, case)
-        try:
-            return tiny(*SMALL, *words)
-        finally:
-            monkeypatch.delenv(interrupt.VARIABLE)
-
-    return call
-
-
 def in_folder(root: Path, *words: str, case: str | None = None) -> int:
     """A small run in this process, for fixtures that outlive a test."""
     from forgelm.cli.main import main

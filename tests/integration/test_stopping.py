@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,21 +46,6 @@ FIRST, SECOND = "validation_matched", "validation_mismatched"
 
 Interrupted = Callable[..., Result]
 Whole = Callable[..., RunPaths]
-
-
-@pytest.fixture
-def interrupted(tiny: Command, monkeypatch: pytest.MonkeyPatch) -> Interrupted:
-    """A small run that sends itself a signal: `POINT:COUNT:SIGNAL`, then overrides."""
-
-    def call(case: str, *words: str) -> Result:
-        monkeypatch.setattr(interrupt, "_seen", Counter())
-        monkeypatch.setenv(interrupt.VARIABLE, case)
-        try:
-            return tiny(*SMALL, *words)
-        finally:
-            monkeypatch.delenv(interrupt.VARIABLE)
-
-    return call
 
 
 @pytest.fixture(scope="module")
