@@ -11,7 +11,15 @@ import signal
 from collections import Counter
 
 VARIABLE = "FORGELM_INTERRUPT"
-POINTS = ("preparation", "evaluation_before", "training", "evaluation", "save", "finalize")
+POINTS = (
+    "preparation",
+    "evaluation_before",
+    "training",
+    "generation",
+    "evaluation",
+    "save",
+    "finalize",
+)
 
 _seen: Counter[str] = Counter()
 

@@ -34,6 +34,7 @@ class Progress:
     `metrics_lines` counts the lines of `metrics.jsonl` at the time, `metrics_sha256` is their hash.
     `line` holds the values of this step that aren't in that file yet, because its evaluation is
     still `pending`. `finished` means that training ended here, whatever the target.
+    `samples_lines` counts those of `samples.jsonl`.
     """
 
     config_hash: str
@@ -47,6 +48,7 @@ class Progress:
     finished: bool = False
     evaluations_without_gain: int = 0
     best_step: int | None = None
+    samples_lines: int = 0
     format: int = FORMAT
     forgelm: str = __version__
 
@@ -71,8 +73,9 @@ def write_checkpoint(
     else:
         beside.mkdir()
     try:
-        if paths.metrics.is_file():
-            _flush(paths.metrics)
+        for path in (paths.metrics, paths.samples):
+            if path.is_file():
+                _flush(path)
         write_files(beside)
         (beside / PROGRESS).write_text(json.dumps(asdict(progress), indent=2), encoding="utf-8")
         _seal(beside)

@@ -40,6 +40,10 @@ class RunPaths:
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
     def batches(self, rank: int) -> Path:
         return self.root / f"batches-{rank}.jsonl"
 

@@ -99,6 +99,49 @@ class Order(BatchSampler):
         return order
 
 
+class Rounds(Order):
+    """The batches of one rank for training on what it generates itself.
+
+    A batch is this rank's part of a round of generation: the round's prompts, each `generations`
+    times in a row, cut evenly between the ranks. It comes `uses` times, once for each micro-step
+    that draws on the round, as trl's RepeatSampler does it. Every round is full: what an epoch
+    lacks for its last one comes from the epoch's beginning, or with `drop_last` the rest is left
+    out.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        sampling: Sampling,
+        seed: int,
+        world: World,
+        generations: int,
+        uses: int,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(rows, batch_size, sampling, seed, world, drop_last=drop_last)
+        self.generations = generations
+        self.uses = uses
+
+    @property
+    def prompts(self) -> int:
+        """Prompts in a round, of all ranks together."""
+        return self.batch_size * self.world.size // self.generations
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.rows, self.prompts)
+        return (whole + bool(rest and not self.drop_last)) * self.uses
+
+    def __iter__(self) -> Iterator[Batch]:
+        order, first = self._order(), self.world.rank * self.batch_size
+        for number in range(len(self) // self.uses):
+            places = range(number * self.prompts, (number + 1) * self.prompts)
+            round_ = [order[place % self.rows] for place in places for _ in range(self.generations)]
+            for _ in range(self.uses):
+                yield self.epoch, round_[first : first + self.batch_size]
+
+
 class Stream(BatchSampler):
     """The batches of one rank from data that has no row numbers, but a state: read once, in order.
 

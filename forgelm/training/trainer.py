@@ -152,12 +152,16 @@ class Exact(Trainer):
     def _record(self, samples: list[Any]) -> None:
         digest = hashlib.sha256()
         for sample in samples:
-            for name, value in sorted(sample.items()):
-                digest.update(f"{name} {tuple(value.shape)}".encode())
-                digest.update(value.cpu().numpy().tobytes())
+            self.digest(digest, sample)
         line = {"step": self.state.global_step + 1, "batch": digest.hexdigest()}
         with self._record_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def digest(self, digest: Any, sample: Any) -> None:
+        """Add a batch, as the collator made it, to a hashlib object."""
+        for name, value in sorted(sample.items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().numpy().tobytes())
 
     @property
     def _record_file(self) -> Path:
@@ -302,6 +306,7 @@ class Exact(Trainer):
             OPTIMIZER: copied(self.optimizer.state_dict(), "optimizer"),
             SCHEDULER: copied(self.lr_scheduler.state_dict(), "scheduler"),
             RANKS: ranks,
+            **{name: copied(tree, name) for name, tree in self.more_trees().items()},
         }
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
@@ -325,6 +330,10 @@ class Exact(Trainer):
             rotate(paths, limit, {progress.step, *best})
 
         return job
+
+    def more_trees(self) -> dict[str, Any]:
+        """What a mode adds to a checkpoint, by file: the same on every rank."""
+        return {}
 
     def _progress(self) -> Progress:
         lines, digest = self.metrics_written()

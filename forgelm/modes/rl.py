@@ -1,0 +1,196 @@
+"""mode=rl: GRPO, Shao et al. 2024 (https://arxiv.org/abs/2402.03300), by trl's trainer made exact.
+
+What differs from trl's, and why:
+
+- The order of the prompts is a function of seed and epoch; trl's starts over when a run goes on.
+- A checkpoint also holds what was generated and is still to be trained on, and the values that
+  wait for the next log line; trl generates anew, so its runs end elsewhere.
+- The reference is a copy of the student as it starts; trl loads it anew by the model's name.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from forgelm.errors import RunError
+from forgelm.interrupt import point
+from forgelm.run.checkpoints import Progress, read_progress
+from forgelm.run.files import keep_lines
+from forgelm.training.loader import Order, Rounds
+from forgelm.training.tensors import load_tree
+from forgelm.training.trainer import Exact
+
+REFERENCE = "reference.pt"
+# Samples kept of each logged step, from as many prompts.
+SAMPLES = 4
+
+
+class GrpoTrainer(Exact, GRPOTrainer):
+    """trl's GRPOTrainer, which can be stopped at any step and goes on to the same bytes."""
+
+    def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
+        adapted = hasattr(model, "peft_config")
+        # With an adapter trl keeps a frozen copy of it beside; of a whole model it would load one.
+        reference = copy.deepcopy(model) if args.beta and not adapted else None
+        wanted = args.beta, args.sync_ref_model
+        if reference is not None:
+            args.beta, args.sync_ref_model = 0.0, False
+        super().__init__(model=model, args=args, **kwargs)
+        if reference is not None:
+            args.beta, args.sync_ref_model = wanted
+            self.beta = args.beta
+            self._add_reference(reference)
+        self._samples: list[dict[str, Any]] = []
+        self._samples_lines = 0
+
+    def _add_reference(self, reference: Any) -> None:
+        args = self.args
+        reference.requires_grad_(False)
+        reference.eval()
+        if args.disable_dropout:
+            disable_dropout_in_model(reference)
+        add_fused_lm_head(reference, temperature=self.temperature)
+        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+
+    # Data
+
+    def _order(self, rows: Any) -> Order:
+        training, args = self.safety.training, self.args
+        return Rounds(
+            len(rows),
+            training.per_device_train_batch_size * args.steps_per_generation,
+            training.train_sampling_strategy,
+            self.safety.seed,
+            self.safety.world,
+            args.num_generations,
+            args.steps_per_generation * args.num_iterations,
+            training.dataloader_drop_last,
+        )
+
+    def digest(self, digest: Any, sample: Any) -> None:
+        digest.update(json.dumps(sample, sort_keys=True, default=str).encode())
+
+    # Generation
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        point("generation")
+        try:
+            return super()._generate(prompts)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise RunError(
+                f"the model's probabilities are not numbers at step {self.state.global_step + 1}: "
+                "lower training.learning_rate; the last checkpoint stands"
+            ) from error
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        logs = self._logs
+        count = len(logs["prompt"])
+        self._samples = [
+            {
+                "prompt": logs["prompt"][place],
+                "completion": logs["completion"][place],
+                "rewards": {
+                    name: _number(values[place]) for name, values in logs["rewards"].items()
+                },
+                "advantage": logs["advantages"][place],
+            }
+            for place in range(0, count, max(1, count // SAMPLES))
+        ][:SAMPLES]
+        return made
+
+    # The end of a step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep values for the step's one line: with the loss, trl's means since the last one."""
+        if "loss" in logs:
+            logs = logs | {name: sum(v) / len(v) for name, v in self._means().items() if v}
+            self._metrics["train"].clear()
+            self._write_samples()
+        super().log(logs, start_time)
+
+    def _means(self) -> dict[str, list[float]]:
+        """Values since the last log line. Those of a reward that didn't apply are left out."""
+        return {
+            name: [value for value in values if not math.isnan(value)]
+            for name, values in self._metrics["train"].items()
+            if name != "step_time"
+        }
+
+    def _write_samples(self) -> None:
+        if not self.safety.world.first or not self._samples:
+            return
+        step = self.state.global_step
+        with self.safety.paths.samples.open("a", encoding="utf-8") as file:
+            for sample in self._samples:
+                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+        self._samples_lines += len(self._samples)
+        self._samples = []
+
+    # Saving and going on
+
+    def _progress(self) -> Progress:
+        return dataclasses.replace(super()._progress(), samples_lines=self._samples_lines)
+
+    def _own_state(self) -> dict[str, Any]:
+        uses = self.args.steps_per_generation * self.num_iterations
+        # At a round's end nothing of it is needed any more.
+        waiting = self._buffered_inputs if self._step % uses else None
+        generation = {
+            "step": self._step,
+            "waiting": _moved(waiting, torch.device("cpu")),
+            "means": self._means(),
+            "samples": self._samples if self.safety.world.first else [],
+            "entropy": [self.entropy_coef, self._last_world_entropy],
+        }
+        return {**super()._own_state(), "generation": generation}
+
+    def more_trees(self) -> dict[str, Any]:
+        return {REFERENCE: self._plain_reference().state_dict()} if self.args.sync_ref_model else {}
+
+    def _plain_reference(self) -> Any:
+        return self.accelerator.unwrap_model(self.ref_model)
+
+    def begin(self) -> None:
+        if self.safety.world.first:
+            kept = 0 if self._resumed is None else read_progress(self._resumed).samples_lines
+            self._samples_lines = keep_lines(self.safety.paths.samples, kept)
+        super().begin()
+
+    def _restore(self, checkpoint: Path) -> None:
+        super()._restore(checkpoint)
+        generation = self._rank_state(checkpoint)["generation"]
+        self._step = generation["step"]
+        self._buffered_inputs = _moved(generation["waiting"], self.args.device)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(generation["means"])
+        self._samples = generation["samples"]
+        self.entropy_coef, self._last_world_entropy = generation["entropy"]
+        if self.args.sync_ref_model:
+            self._plain_reference().load_state_dict(load_tree(checkpoint / REFERENCE))
+
+
+def _moved(node: Any, device: torch.device) -> Any:
+    if isinstance(node, torch.Tensor):
+        return node.to(device)
+    if isinstance(node, dict):
+        return {key: _moved(value, device) for key, value in node.items()}
+    return [_moved(value, device) for value in node] if isinstance(node, list) else node
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
