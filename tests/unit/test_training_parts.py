@@ -15,7 +15,7 @@ from datasets import Dataset
 from forgelm.config.schema import Sampling, SaveInterval, TrainingConfig
 from forgelm.training import cadence as cadence_module
 from forgelm.training.cadence import AUTO_LEAST_S, Cadence
-from forgelm.training.loader import Order, Stream, loader, unchanged_randomness
+from forgelm.training.loader import Order, Rounds, Stream, loader, unchanged_randomness
 from forgelm.training.snapshot import Buffers, Writer, randomness, restore_randomness
 from forgelm.world import World
 
@@ -64,6 +64,39 @@ def test_grouping_by_length_repeats_and_groups() -> None:
         return float(numpy.mean([numpy.ptp([lengths[row] for row in b]) for b in batches]))
 
     assert spread(rows_of(grouped, 3)) < spread(rows_of(order(400), 3)) / 2
+
+
+def rounds(rows: int, rank: int = 0, ranks: int = 1, **options: Any) -> Rounds:
+    given = {"sampling": Sampling.random, "seed": 1, "generations": 2, "uses": 3} | options
+    return Rounds(rows, 4, world=World(rank, ranks), **given)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 12, 13])
+def test_a_round_holds_its_prompts_in_groups_and_comes_as_often_as_used(
+    rows: int, ranks: int
+) -> None:
+    parts = [rows_of(rounds(rows, rank, ranks)) for rank in range(ranks)]
+    seen = []
+    for batches in zip(*parts, strict=True):
+        whole = [row for batch in batches for row in batch]
+        assert whole[::2] == whole[1::2]
+        assert len(whole) == 4 * ranks
+        seen.append(whole)
+    assert seen[::3] == seen[1::3] == seen[2::3]
+    assert len(seen) == len(rounds(rows, 0, ranks))
+    assert {row for whole in seen for row in whole} == set(range(rows))
+
+
+def test_rounds_are_a_function_of_seed_and_epoch() -> None:
+    assert rows_of(rounds(12), 1) == rows_of(rounds(12), 1)
+    assert rows_of(rounds(12), 1) != rows_of(rounds(12), 2)
+    assert rows_of(rounds(5, sampling=Sampling.sequential, uses=1)) == [
+        [0, 0, 1, 1],
+        [2, 2, 3, 3],
+        [4, 4, 0, 0],
+    ]
+    assert len(rounds(5, drop_last=True)) == 6
 
 
 class Noisy:
