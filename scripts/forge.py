@@ -3,6 +3,8 @@
 
 python scripts/forge.py --config EXPERIMENT_OR_YAML | --resume RUN
                         [--max_steps N] [--epochs N] [--run_name S] [--debug]
+
+A YAML file with a top-level section `rl` is a run of mode rl, and the section holds its keys.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +27,7 @@ from forgelm.cli.main import main as forgelm
 from forgelm.config.compose import CONFIG_NAME, conf_dir
 from forgelm.errors import ConfigError, ForgeError
 
+_MODE_RL = {"override /mode": "rl"}
 _READ_OTHERWISE = ("true", "false", "null", "nan", "inf")
 
 
@@ -76,27 +80,75 @@ def from_file(path: Path) -> list[str]:
         raise ConfigError(
             f"--config {path}: Hydra reads NAME.yaml, and config.yaml is taken; rename it"
         )
-    name = path.stem
-    if not builds_on_config(path):
-        over = {"defaults": [CONFIG_NAME, f"{name}@_global_"]}
-        ConfigStore.instance().store("_file", over)
-        name = "_file"
+    name, on_config, in_rl = path.stem, builds_on_config(path), chooses_rl(path)
+    if in_rl:
+        name = stored_with_mode(path, last=on_config)
+    if not on_config:
+        over: list[Any] = [CONFIG_NAME, f"{name}@_global_"]
+        name = stored("_file", {"defaults": [*over, *([_MODE_RL] if in_rl else [])]})
     return ["--config-dir", str(path.parent), "--config-name", name]
 
 
 def builds_on_config(path: Path) -> bool:
     """Whether `config` stands in the defaults list of the file or of one it inherits from."""
+    names, beside = inherited(path, content(path))
+    return CONFIG_NAME in names or any(map(builds_on_config, beside.values()))
+
+
+def chooses_rl(path: Path) -> bool:
+    """Whether the file, or one it inherits from, has a top-level section `rl`."""
+    return "rl" in content(path) or any(
+        map(chooses_rl, inherited(path, content(path))[1].values())
+    )
+
+
+def stored_with_mode(path: Path, last: bool) -> str:
+    """Give Hydra a file with its section `rl`, and those it inherits, as the keys of mode rl.
+
+    Returns the name it is stored under. `last`: nothing else chooses the mode.
+    """
+    values = content(path)
+    beside = inherited(path, values)[1]
+    defaults = [
+        stored_with_mode(beside[name], last=False) if name in beside else name
+        for name in values.pop("defaults", [])
+    ]
+    if defaults and "_self_" not in defaults:
+        defaults.append("_self_")
+    if "rl" in values:
+        values["mode"] = {**(values.get("mode") or {}), **(values.pop("rl") or {})}
+    if last:
+        defaults.append(_MODE_RL)
+    return stored(f"_{path.stem}", {"defaults": defaults, **values} if defaults else values)
+
+
+def stored(name: str, node: dict[str, Any]) -> str:
+    ConfigStore.instance().store(name, node)
+    return name
+
+
+def content(path: Path) -> dict[str, Any]:
+    """What a YAML file says.
+
+    Raises:
+        ConfigError: it isn't a YAML mapping.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        defaults = [name for name in content.get("defaults", []) if isinstance(name, str)]
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict) or not isinstance(values.get("defaults", []), list):
+            raise ValueError("it must hold keys and values, and defaults a list")
+    except (yaml.YAMLError, ValueError) as error:
         text = " ".join(str(error).split())[:200]
         raise ConfigError(f"--config {path}: not a YAML mapping: {text}") from error
-    defaults = [name.removeprefix("/") for name in defaults]
-    beside = [path.parent / f"{name}.yaml" for name in defaults if name != path.stem]
-    return CONFIG_NAME in defaults or any(
-        builds_on_config(file) for file in beside if file.is_file()
-    )
+    return values
+
+
+def inherited(path: Path, values: dict[str, Any]) -> tuple[list[str], dict[str, Path]]:
+    """The names in the defaults list, and those of them that are files beside this one."""
+    names = [name for name in values.get("defaults", []) if isinstance(name, str)]
+    files = {name: path.parent / f"{name.removeprefix('/')}.yaml" for name in names}
+    beside = {k: file for k, file in files.items() if file.is_file() and file != path}
+    return [name.removeprefix("/") for name in names], beside
 
 
 def quoted(text: str) -> str:

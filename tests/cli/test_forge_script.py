@@ -31,6 +31,11 @@ FILES = {
     "whole.yaml": (
         "defaults:\n  - config\n  - override mode: kd\n  - _self_\nmode:\n  alpha: 0.3\nepochs: 4\n"
     ),
+    "rl.yaml": "rl:\n  beta: 0.1\n  rewards: [numeric]\ntask: {name: own}\nepochs: 7\n",
+    "rl_child.yaml": "defaults: [rl]\nrl:\n  beta: 0.2\nepochs: 8\n",
+    "rl_parent_only.yaml": "defaults: [_self_, rl]\nmode:\n  epsilon: 0.3\nepochs: 8\n",
+    "rl_whole.yaml": "defaults: [config]\nrl:\n  num_iterations: 2\n",
+    "rl_empty.yaml": "rl:\n",
     "two words.yaml": "epochs: 6\n",
     "empty.yaml": "",
     "wrong.yaml": "training:\n  lr: 0.1\nsed: 3\n",
@@ -206,6 +211,29 @@ def test_a_yaml_file_is_laid_over_the_default(
     assert config["mode"]["name"] == mode
     assert config["mode"].get("alpha") == (0.3 if mode == "kd" else None)
     assert config["output_root"] == "outputs"
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "keys"),
+    [
+        ("rl", 7, {"beta": 0.1, "rewards": ["numeric"]}),
+        ("rl_child", 8, {"beta": 0.2, "rewards": ["numeric"]}),
+        ("rl_parent_only", 7, {"beta": 0.1, "epsilon": 0.3, "rewards": ["numeric"]}),
+        ("rl_whole", 1.5, {"num_iterations": 2, "rewards": ["exact_match"]}),
+        ("rl_empty", 1.5, {"beta": 0.0}),
+    ],
+)
+def test_a_section_rl_is_mode_rl(
+    script: ModuleType,
+    forgelm: Command,
+    files: Path,
+    name: str,
+    epochs: float,
+    keys: dict[str, Any],
+) -> None:
+    config = composed(script, forgelm, "--config", str(files / f"{name}.yaml"))
+    assert config["mode"] == config["mode"] | {"name": "rl"} | keys
+    assert config["epochs"] == epochs
 
 
 def test_flags_win_over_the_file(script: ModuleType, forgelm: Command, files: Path) -> None:
