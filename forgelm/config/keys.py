@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, EnumNode, OmegaConf
 
-from forgelm.config.schema import MODES, RunConfig
+from forgelm.config.modes import modes
+from forgelm.config.schema import RunConfig
 
 _KNOWN_AS = {
     "lr": "training.learning_rate",
@@ -55,7 +56,7 @@ def expected(config: DictConfig, key: str) -> str:
 def schema_tree() -> DictConfig:
     """All keys there are, whatever the mode."""
     tree = OmegaConf.structured(RunConfig)
-    tree.mode = OmegaConf.merge(*(dict(vars(node())) for node in MODES.values()))
+    tree.mode = OmegaConf.merge(*(dict(vars(node())) for node in modes().values()))
     assert isinstance(tree, DictConfig)
     return tree
 
