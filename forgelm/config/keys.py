@@ -83,7 +83,7 @@ def nearest(key: str, keys: Sequence[str]) -> str:
         keys = [name for name in keys if name not in sections]
     same_last = [name for name in keys if name.rpartition(".")[2] == last]
     known = _KNOWN_AS.get(last)
-    near = same_last[0] if same_last else known
+    near = same_last[0] if same_last and (known is None or "." in key) else known
     if near not in keys:
         close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
         if not close:
