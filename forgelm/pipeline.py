@@ -172,11 +172,14 @@ def load_models(run: Run, task: TaskData) -> Models:
     from transformers import set_seed
 
     from forgelm.models.load import load_student, load_teacher, teacher_dtype
+    from forgelm.models.tokens import refuse_leak
 
     config, revisions = run.config, run.metadata["revisions"]
     kind, labels = config.task.kind, task.rows.labels
     set_seed(config.seed)
     student = load_student(config.model, kind, revisions.get("model"), task.reader, labels)
+    if config.task.packing:
+        refuse_leak(student)
     if not uses_teacher(config):
         return Models(student, None)
     dtype = teacher_dtype(config.teacher)

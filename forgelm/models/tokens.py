@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from forgelm.errors import ConfigError
 
 IGNORED = -100
 
@@ -65,3 +68,25 @@ def per_row(labels: Tensor, shifted: bool) -> Tensor:
     """The number of supervised positions of each row, int64 [batch]."""
     counted = labels[:, 1:] if shifted else labels
     return (counted != IGNORED).sum(dim=1)
+
+
+def refuse_leak(model: Any) -> None:
+    """Make sure that rows packed into one sequence don't see each other.
+
+    Raises:
+        ConfigError: they do, in this model with this attention.
+    """
+    first, other, second = [5, 6, 7], [8, 9, 10], [11, 12, 13]
+    ids = torch.tensor([[*first, *second], [*other, *second]], device=model.device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=model.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 3:]
+    model.train(was_training)
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4):
+        raise ConfigError(
+            f"task.packing=true: in a {model.config.model_type} model with "
+            f"{model.config._attn_implementation} attention, rows packed into one sequence see "
+            "each other; set task.packing=false"
+        )

@@ -133,24 +133,25 @@ def encode(
         chat.check_template(tokenizer, "the model")
         template = tokenizer.chat_template
     settings = ["causal_lm", task.max_length, tokenizer_fingerprint(tokenizer), template]
-    made = cached(rows, [*settings, tokenizer.eos_token_id], lambda: _encode(task, rows, tokenizer))
+
+    def make() -> Dataset:
+        made = _encode(task, rows, tokenizer)
+        if not len(made):
+            raise ConfigError(
+                f"split {split}: in none of the {len(rows):,} rows is anything to learn within "
+                f"task.max_length={task.max_length} tokens; raise it"
+            )
+        return made
+
+    made = cached(rows, [*settings, tokenizer.eos_token_id], make)
     say_counts(split, len(rows), made, task.max_length)
     return made
 
 
 def say_counts(split: str, before: int, made: Dataset, max_length: int) -> None:
-    """A line each for rows that were cut and for rows that were left out.
-
-    Raises:
-        ConfigError: no row is left.
-    """
+    """A line each for rows that were cut and for rows that were left out."""
     limit = f"task.max_length={max_length}"
     kept = made["row"][:]
-    if not kept:
-        raise ConfigError(
-            f"split {split}: in none of the {before:,} rows is anything to learn within {limit} "
-            "tokens; raise task.max_length"
-        )
     cut = [row for row, was_cut in zip(kept, made["cut"][:], strict=True) if was_cut]
     if cut:
         say(f"split {split}: {len(cut):,} of {before:,} rows cut at {limit} ({_listed(cut)})")
