@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forgelm.config.schema import Interval, RunConfig, SaveInterval, WandbMode
+from forgelm.config.rewards import round_of
+from forgelm.config.schema import Interval, RlConfig, RunConfig, SaveInterval, WandbMode
 from forgelm.errors import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -32,6 +34,7 @@ STEPS = 12
 _EPOCH = 8
 _SAVE_STEPS = 5
 _EVAL_ROWS = 48
+_TOKENS = 32
 _TEACHER_STEPS = 10
 
 
@@ -68,6 +71,7 @@ def cases(config: RunConfig) -> list[Case]:
         Case("first step", "training", 1, "SIGINT"),
         Case("training", "training", min(4, steps), "SIGTERM"),
         Case("training", "training", min(7, steps), "SIGKILL"),
+        *_in_generation(config, steps),
         *([Case("evaluation in training", "evaluation", 1, "SIGUSR1")] if evaluates else []),
         Case("second epoch", "training", min(_EPOCH + 1, steps), "SIGUSR2"),
         Case("a save", "save", 2, "SIGTERM"),
@@ -75,6 +79,14 @@ def cases(config: RunConfig) -> list[Case]:
         Case("finalize", "finalize", 2, "SIGTERM"),
         Case("finalize", "finalize", 1, "SIGKILL"),
     ]
+
+
+def _in_generation(config: RunConfig, steps: int) -> list[Case]:
+    if not isinstance(config.mode, RlConfig):
+        return []
+    batches = steps * config.training.gradient_accumulation_steps
+    rounds = math.ceil(batches / round_of(config).batches)
+    return [Case("generation", "generation", min(2, rounds), "SIGTERM")]
 
 
 @dataclass
@@ -108,7 +120,13 @@ def small(config: RunConfig, root: Path) -> RunConfig:
         * training.gradient_accumulation_steps
         * config.launch.ranks
     )
-    rows = min(config.task.max_train_samples or sys.maxsize, _EPOCH * batch)
+    mode, rows = config.mode, _EPOCH * batch
+    if isinstance(mode, RlConfig):
+        round_ = round_of(config)
+        batches = _EPOCH * training.gradient_accumulation_steps
+        rows = round_.prompts * max(1, batches // round_.batches)
+        mode = replace(mode, max_completion_length=min(mode.max_completion_length, _TOKENS))
+    rows = min(config.task.max_train_samples or sys.maxsize, rows)
     held_out = min(config.task.max_eval_samples or sys.maxsize, _EVAL_ROWS)
     evaluates = training.eval_strategy is not Interval.no
     return replace(
@@ -116,7 +134,13 @@ def small(config: RunConfig, root: Path) -> RunConfig:
         output_root=str(root),
         run_name="drill",
         max_steps=min(config.max_steps or STEPS, STEPS),
-        task=replace(config.task, max_train_samples=rows, max_eval_samples=held_out),
+        task=replace(
+            config.task,
+            max_train_samples=rows,
+            max_eval_samples=held_out,
+            max_new_tokens=min(config.task.max_new_tokens, _TOKENS),
+        ),
+        mode=mode,
         eval=replace(config.eval, before_training=True),
         wandb=replace(config.wandb, mode=WandbMode.disabled),
         training=replace(
@@ -148,6 +172,8 @@ def drill(start: Start, config: RunConfig, chosen: Sequence[Case]) -> Iterator[O
         RunError: the uninterrupted run fails itself.
     """
     warm_up()
+    if isinstance(config.mode, RlConfig):
+        import forgelm.modes.rl  # noqa: F401
     root = Path(config.output_root)
     reference = replace(config, run_name="uninterrupted")
     code = forked(start, reference, root / "uninterrupted.log", {})
@@ -243,9 +269,15 @@ def record_differences(ours: RunPaths, theirs: RunPaths) -> list[str]:
     found = []
     if metric_lines(ours) != metric_lines(theirs):
         found.append(ours.metrics.name)
+    if _text(ours.samples) != _text(theirs.samples):
+        found.append(ours.samples.name)
     if read_json(ours.eval) != read_json(theirs.eval):
         found.append(ours.eval.name)
     return found
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def metric_lines(paths: RunPaths) -> list[dict[str, Any]]:

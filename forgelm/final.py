@@ -29,10 +29,10 @@ def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
     quiet_libraries()
     from forgelm.evaluate import evaluate
     from forgelm.models.load import device_for, load_final
-    from forgelm.tasks import of_kind
+    from forgelm.tasks import of_kind, rows_of
 
     kind = config.task.kind
-    rows = of_kind(kind).load_rows(config.task, metadata["revisions"].get("dataset"))
+    rows = rows_of(config, metadata["revisions"].get("dataset"))
     if rows.fingerprint != metadata["data_fingerprint"]:
         raise ConfigError(
             f"the data of task {config.task.name} changed since {paths.root} was trained; "

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm import stop
-from forgelm.config.schema import RunConfig
+from forgelm.config.rewards import round_of
+from forgelm.config.schema import RlConfig, RunConfig
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError, RunError, Stopped
 from forgelm.interrupt import point
@@ -146,10 +147,10 @@ def prepare_task(run: Run) -> TaskData:
 def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> TaskData:
     from forgelm.models.load import load_reader, load_teacher_reader
     from forgelm.modes.arguments import use_bf16
-    from forgelm.tasks import of_kind
+    from forgelm.tasks import of_kind, rows_of
 
     kind = config.task.kind
-    rows = of_kind(kind).load_rows(config.task, revisions.get("dataset"))
+    rows = rows_of(config, revisions.get("dataset"))
     point("preparation")
     stop.check()
     known = run.metadata.get("data_fingerprint")
@@ -384,8 +385,11 @@ def total_steps(config: RunConfig, task: TaskData) -> int:
     if config.max_steps is not None:
         return config.max_steps
     training, rows = config.training, len(task.train)
-    size = training.per_device_train_batch_size * config.launch.ranks
-    batches = rows // size if training.dataloader_drop_last else math.ceil(rows / size)
+    size, uses = training.per_device_train_batch_size * config.launch.ranks, 1
+    if isinstance(config.mode, RlConfig):
+        round_ = round_of(config)
+        size, uses = round_.prompts, round_.batches
+    batches = uses * (rows // size if training.dataloader_drop_last else math.ceil(rows / size))
     each = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     return math.ceil(config.epochs * each)
 

@@ -97,9 +97,7 @@ def builds_on_config(path: Path) -> bool:
 
 def chooses_rl(path: Path) -> bool:
     """Whether the file, or one it inherits from, has a top-level section `rl`."""
-    return "rl" in content(path) or any(
-        map(chooses_rl, inherited(path, content(path))[1].values())
-    )
+    return "rl" in content(path) or any(map(chooses_rl, inherited(path, content(path))[1].values()))
 
 
 def stored_with_mode(path: Path, last: bool) -> str:

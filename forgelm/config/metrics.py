@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from forgelm import plugins
 from forgelm.config.schema import Kind, Problem, TaskConfig
 
+REWARD = "reward"
 _TEXT = frozenset({Kind.causal_lm, Kind.seq2seq, Kind.image_to_text})
 
 
@@ -37,6 +38,8 @@ BUILT_IN: dict[str, About] = {
     "exact_match": _ANSWERS,
     "cer": About(_TEXT, rises=False, answers=True),
     "wer": About(_TEXT, rises=False, answers=True),
+    # Of mode rl, whose measuring adds it.
+    REWARD: About(frozenset({Kind.causal_lm}), answers=True),
 }
 
 

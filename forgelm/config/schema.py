@@ -109,12 +109,20 @@ class GrpoLoss(NamedEnum):
     dapo = "dapo"
     bnpo = "bnpo"
     cispo = "cispo"
+    sapo = "sapo"
+    luspo = "luspo"
+    vespo = "vespo"
 
 
 class RewardScale(NamedEnum):
     group = "group"
     batch = "batch"
     none = "none"
+
+
+class Aggregation(NamedEnum):
+    sum_then_normalize = "sum_then_normalize"
+    normalize_then_sum = "normalize_then_sum"
 
 
 class ImportanceLevel(NamedEnum):
@@ -315,36 +323,64 @@ class KdConfig:
 
 @dataclass
 class RlConfig:
-    """GRPO on the task's prompts. Names and meanings are those of trl's GRPOConfig."""
+    """GRPO on the task's prompts. Names and meanings are those of trl's GRPOConfig, but for the
+    keys of rewards."""
 
     name: str = "rl"
     rewards: list[str] = field(default_factory=lambda: ["exact_match"])
+    """By name: exact_match, contains, numeric, format, length, and those of other packages."""
     reward_weights: list[float] | None = None
+    """One for each reward; null: 1 each."""
     format_pattern: str | None = None
     """For the reward `format`: what a completion must match from its start to its end."""
     length_target: int = option(64, min=1)
     """For the reward `length`: tokens of a completion that cost nothing."""
+    multi_objective_aggregation: Aggregation = Aggregation.sum_then_normalize
+    scale_rewards: RewardScale = RewardScale.group
     num_generations: int = option(8, min=2)
+    """Completions of each prompt, which are compared with each other."""
+    steps_per_generation: int | None = option(None, min=1)
+    """Micro-batches that share what is generated at once; null: gradient_accumulation_steps."""
+    num_iterations: int = option(1, min=1)
+    """How often what was generated is trained on."""
     max_completion_length: int = option(64, min=1)
     temperature: float = option(1.0, above=0)
     top_p: float = option(1.0, above=0, max=1)
     top_k: int = option(0, min=0)
     min_p: float | None = option(None, min=0, max=1)
     repetition_penalty: float = option(1.0, above=0)
+    mask_truncated_completions: bool = False
+    disable_dropout: bool = False
     beta: float = option(0.0, min=0)
-    """Weight of the KL to the model as it starts; 0 needs no copy of it."""
-    num_iterations: int = option(1, min=1)
-    steps_per_generation: int | None = option(None, min=1)
+    """Weight of the KL to the reference, the model as it starts; 0 needs no copy of it."""
+    use_bias_correction_kl: bool = True
+    sync_ref_model: bool = False
+    """Let the reference follow the model: every ref_model_sync_steps by ref_model_mixup_alpha."""
+    ref_model_sync_steps: int = option(512, min=1)
+    ref_model_mixup_alpha: float = option(0.6, above=0, max=1)
+    loss_type: GrpoLoss = GrpoLoss.dapo
+    importance_sampling_level: ImportanceLevel = ImportanceLevel.token
     epsilon: float = option(0.2, above=0)
     epsilon_high: float | None = option(None, above=0)
     delta: float | None = option(None, above=0)
-    loss_type: GrpoLoss = GrpoLoss.dapo
-    scale_rewards: RewardScale = RewardScale.group
-    importance_sampling_level: ImportanceLevel = ImportanceLevel.token
-    mask_truncated_completions: bool = False
+    off_policy_mask_threshold: float | None = option(None, above=0)
+    top_entropy_quantile: float = option(1.0, min=0, max=1)
+    entropy_coef: float = option(0.0, min=0)
+    use_adaptive_entropy: bool = False
+    entropy_coef_min: float = option(0.0, min=0)
+    entropy_coef_max: float = option(1.0, min=0)
+    entropy_coef_delta: float = option(0.005, above=0)
+    entropy_target: float = option(0.2, min=0)
     use_vllm: bool = False
+    """Generate with vLLM. Its samples are its own: a resumed run isn't the same to the byte."""
     vllm_mode: VllmMode = VllmMode.colocate
-    vllm_gpu_memory_utilization: float = option(0.3, above=0, max=1)
+    vllm_server_base_url: str | None = option(None, decides=False)
+    vllm_server_timeout: float = option(240.0, above=0, decides=False)
+    vllm_gpu_memory_utilization: float = option(0.3, above=0, max=1, decides=False)
+    vllm_max_model_length: int | None = option(None, min=1, decides=False)
+    vllm_tensor_parallel_size: int = option(1, min=1, decides=False)
+    vllm_enable_sleep_mode: bool = option(False, decides=False)
+    vllm_importance_sampling_correction: bool = True
     samples_per_log: int = option(4, min=0, decides=False)
     """Completions kept in `samples.jsonl` at each logged step."""
 

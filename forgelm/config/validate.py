@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from forgelm import plugins
-from forgelm.config.metrics import BUILT_IN, answers, fitting
+from forgelm.config.metrics import BUILT_IN, REWARD, answers, fitting
 from forgelm.config.modes import modes
+from forgelm.config.rewards import rewards, round_of
 from forgelm.config.schema import (
     DistillationLoss,
     Interval,
@@ -235,7 +238,7 @@ def _task_kind(config: RunConfig) -> Iterator[str]:
             re.compile(task.answer_pattern)
         except re.error as error:
             yield f"task.answer_pattern={task.answer_pattern!r}: not a regular expression: {error}"
-        if not answers(task):
+        if not answers(task) and not isinstance(config.mode, RlConfig):
             yield (
                 f"task.answer_pattern={task.answer_pattern!r} is only read for a metric that "
                 "compares answers, such as exact_match"
@@ -335,7 +338,7 @@ def _teacher(config: RunConfig) -> Iterator[str]:
 
 
 def _mode(config: RunConfig) -> Iterator[str]:
-    mode, problem, kind = config.mode, config.task.problem, config.task.kind
+    mode, problem = config.mode, config.task.problem
     if type(mode) is not modes().get(getattr(mode, "name", "")):
         yield (
             f"mode.name={getattr(mode, 'name', mode)}: the name belongs to the mode; choose one "
@@ -350,11 +353,85 @@ def _mode(config: RunConfig) -> Iterator[str]:
             f"mode.loss={mode.loss} with task.problem=regression: it compares probabilities; "
             "use mode.loss=mse"
         )
-    if isinstance(mode, RlConfig) and kind is not Kind.causal_lm:
+    if isinstance(mode, RlConfig):
+        yield from _rl(config, mode)
+    elif REWARD in config.task.metrics:
+        yield f"task.metrics: {REWARD}: mode={mode.name} has no rewards; use mode=rl"
+
+
+def _rl(config: RunConfig, mode: RlConfig) -> Iterator[str]:
+    task, training = config.task, config.training
+    for package, needed in (("trl", True), ("vllm", mode.use_vllm)):
+        if needed and find_spec(package) is None:
+            extra = "'forgelm[rl]'" if package == "trl" else package
+            key = "mode=rl" if package == "trl" else "mode.use_vllm=true"
+            yield f"{key} needs the package {package}: pip install {extra}"
+    if task.kind is not Kind.causal_lm:
         yield (
-            f"mode=rl with task.kind={kind}: rewards are for what a model writes; "
+            f"mode=rl with task.kind={task.kind}: rewards are for what a model writes; "
             "choose a task of task.kind=causal_lm"
         )
+    if task.packing:
+        yield "task.packing=true with mode=rl: prompts aren't packed; leave it out"
+    if training.train_sampling_strategy is Sampling.group_by_length:
+        yield (
+            "training.train_sampling_strategy=group_by_length with mode=rl: prompts are taken "
+            "random or sequential"
+        )
+    yield from _rewards(mode)
+    round_ = round_of(config)
+    if mode.num_generations > 0 and round_.completions % mode.num_generations:
+        yield (
+            f"mode.num_generations={mode.num_generations}: must divide the {round_.completions} "
+            "completions that are generated at once (training.per_device_train_batch_size x "
+            "ranks x mode.steps_per_generation)"
+        )
+    if mode.sync_ref_model and not mode.beta:
+        yield "mode.sync_ref_model=true with mode.beta=0: there is no reference; set mode.beta"
+    if mode.sync_ref_model and config.model.lora.enabled:
+        yield (
+            "mode.sync_ref_model=true with model.lora.enabled=true: the reference of an adapter "
+            "stays as it starts; leave one of them out"
+        )
+    if mode.use_vllm and training.use_cpu:
+        yield "mode.use_vllm=true needs a GPU: drop it, or drop training.use_cpu"
+    known = {item.name: item.default for item in fields(mode)}
+    for key in known:
+        if key.startswith("vllm_") and not mode.use_vllm and getattr(mode, key) != known[key]:
+            yield f"mode.{key}={getattr(mode, key)} is only read with mode.use_vllm=true"
+
+
+def _rewards(mode: RlConfig) -> Iterator[str]:
+    known, chosen = rewards(), mode.rewards
+    if not chosen:
+        yield "mode.rewards=[]: name at least one, as in mode.rewards=[exact_match]"
+    for name in chosen:
+        if name and name not in known:
+            yield (
+                f"mode.rewards: {name}: no such reward; use {', '.join(known)}{_near(name, known)}"
+            )
+    if len(set(chosen)) < len(chosen):
+        yield f"mode.rewards=[{','.join(chosen)}]: names a reward twice; use mode.reward_weights"
+    if mode.reward_weights is not None and len(mode.reward_weights) != len(chosen):
+        yield (
+            f"mode.reward_weights has {len(mode.reward_weights)} values for {len(chosen)} "
+            "rewards: give one for each of mode.rewards"
+        )
+    if not all(map(math.isfinite, mode.reward_weights or [])):
+        yield f"mode.reward_weights={mode.reward_weights}: must be finite numbers"
+    if mode.format_pattern is None:
+        if "format" in chosen:
+            yield (
+                "mode.rewards: format needs mode.format_pattern: give the regular expression "
+                "that a whole completion must match"
+            )
+        return
+    if "format" not in chosen:
+        yield f"mode.format_pattern={mode.format_pattern!r} is only read for the reward format"
+    try:
+        re.compile(mode.format_pattern)
+    except re.error as error:
+        yield f"mode.format_pattern={mode.format_pattern!r}: not a regular expression: {error}"
 
 
 def _training(config: RunConfig) -> Iterator[str]:

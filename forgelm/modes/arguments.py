@@ -34,10 +34,19 @@ _NOT_PASSED = {
 }
 
 
-def training_arguments(config: RunConfig, root: Path, best_metric: str) -> TrainingArguments:
-    """TrainingArguments that write below `root`; `best_metric` is the key that picks the best."""
+def training_arguments(
+    config: RunConfig,
+    root: Path,
+    best_metric: str,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """TrainingArguments that write below `root`; `best_metric` is the key that picks the best.
+
+    `kind` is a subclass of them, `more` what it takes beside.
+    """
     training = config.training
-    arguments = TrainingArguments(
+    arguments = kind(
         output_dir=str(root),
         **_passed(training),
         bf16=use_bf16(training),
@@ -58,6 +67,7 @@ def training_arguments(config: RunConfig, root: Path, best_metric: str) -> Train
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
+        **more,
     )
     if arguments.n_gpu > 1:
         # Several GPUs without ranks: the trainer would wrap the model in DataParallel unasked.
@@ -73,9 +83,10 @@ def use_bf16(training: TrainingConfig) -> bool:
 
 
 def _passed(training: TrainingConfig) -> dict[str, Any]:
-    values = {item.name: getattr(training, item.name) for item in fields(training)}
-    return {
-        name: value.name if isinstance(value, Enum) else value
-        for name, value in values.items()
-        if name not in _NOT_PASSED
-    }
+    return {key: value for key, value in plain(training).items() if key not in _NOT_PASSED}
+
+
+def plain(section: Any) -> dict[str, Any]:
+    """A section of the config as its libraries take it: enums by name."""
+    values = {item.name: getattr(section, item.name) for item in fields(section)}
+    return {key: value.name if isinstance(value, Enum) else value for key, value in values.items()}

@@ -18,27 +18,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import GRPOTrainer
+from transformers import PreTrainedModel
+from transformers.trainer_utils import align_special_tokens
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
+from forgelm.config.rewards import weights
+from forgelm.config.schema import RunConfig
 from forgelm.errors import RunError
 from forgelm.interrupt import point
+from forgelm.log import log
+from forgelm.modes.arguments import plain, training_arguments
 from forgelm.run.checkpoints import Progress, read_progress
 from forgelm.run.files import keep_lines
+from forgelm.tasks.data import TaskData
+from forgelm.tasks.prompts import Rewarded, shown
 from forgelm.training.loader import Order, Rounds
 from forgelm.training.tensors import load_tree
 from forgelm.training.trainer import Exact
 
 REFERENCE = "reference.pt"
-# Samples kept of each logged step, from as many prompts.
-SAMPLES = 4
+_OUR_KEYS = {
+    "name",
+    "rewards",
+    "reward_weights",
+    "format_pattern",
+    "length_target",
+    "samples_per_log",
+}
+
+
+def build(
+    config: RunConfig, task: TaskData, teacher: PreTrainedModel | None, parts: dict[str, Any]
+) -> GrpoTrainer:
+    """The mode's trainer; see `forgelm.modes.builder`."""
+    mode, given = config.mode, parts["args"]
+    keys = {key: value for key, value in plain(mode).items() if key not in _OUR_KEYS}
+    args = training_arguments(
+        config,
+        Path(given.output_dir),
+        given.metric_for_best_model,
+        GRPOConfig,
+        reward_weights=weights(mode),
+        **keys,
+    )
+    if mode.use_vllm:
+        log.warning(
+            "mode.use_vllm=true: vLLM draws by generators of its own, so a run that was "
+            "interrupted doesn't end with the same bytes"
+        )
+    assert isinstance(task.scorer, Rewarded)
+    return GrpoTrainer(
+        model=parts["model"],
+        args=args,
+        train_dataset=parts["train_dataset"],
+        processing_class=task.reader,
+        reward_funcs=list(task.scorer.rewards),
+        safety=parts["safety"],
+        samples=mode.samples_per_log,
+    )
 
 
 class GrpoTrainer(Exact, GRPOTrainer):
     """trl's GRPOTrainer, which can be stopped at any step and goes on to the same bytes."""
 
-    def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, args: GRPOConfig, samples: int, **kwargs: Any) -> None:
         adapted = hasattr(model, "peft_config")
         # With an adapter trl keeps a frozen copy of it beside; of a whole model it would load one.
         reference = copy.deepcopy(model) if args.beta and not adapted else None
@@ -46,12 +91,16 @@ class GrpoTrainer(Exact, GRPOTrainer):
         if reference is not None:
             args.beta, args.sync_ref_model = 0.0, False
         super().__init__(model=model, args=args, **kwargs)
+        # The stock trainer does so when its loop begins: an evaluation may come before.
+        align_special_tokens(self.model, self.processing_class)
         if reference is not None:
             args.beta, args.sync_ref_model = wanted
             self.beta = args.beta
             self._add_reference(reference)
+        self.samples_per_log = samples
         self._samples: list[dict[str, Any]] = []
         self._samples_lines = 0
+        self._prompt_ids: list[list[int]] = []
 
     def _add_reference(self, reference: Any) -> None:
         args = self.args
@@ -84,10 +133,11 @@ class GrpoTrainer(Exact, GRPOTrainer):
 
     # Generation
 
-    def _generate(self, prompts: list[Any]) -> Any:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         point("generation")
+        self._prompt_ids = [row["input_ids"] for row in inputs]
         try:
-            return super()._generate(prompts)
+            made: dict[str, Any] = super()._generate_and_score_completions(inputs)
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
@@ -95,23 +145,36 @@ class GrpoTrainer(Exact, GRPOTrainer):
                 f"the model's probabilities are not numbers at step {self.state.global_step + 1}: "
                 "lower training.learning_rate; the last checkpoint stands"
             ) from error
+        self._samples = self._chosen_samples()
+        return made
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        logs = self._logs
-        count = len(logs["prompt"])
-        self._samples = [
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """The prompts' tokens as evaluation reads them."""
+        return self._prompt_ids, None, {}
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[str], completions: Any, ids: Any
+    ) -> torch.Tensor:
+        told = [{"references": row["reference"]} for row in inputs]
+        asked = [shown(prompt) for prompt in prompts]
+        rewards: torch.Tensor = super()._calculate_rewards(told, asked, completions, ids)
+        return rewards
+
+    def _chosen_samples(self) -> list[dict[str, Any]]:
+        """Some of what was just generated, of as many prompts as can be."""
+        logs, count = self._logs, len(self._logs["prompt"])
+        step = max(1, count // max(1, self.samples_per_log))
+        return [
             {
-                "prompt": logs["prompt"][place],
+                "prompt": shown(logs["prompt"][place]),
                 "completion": logs["completion"][place],
                 "rewards": {
                     name: _number(values[place]) for name, values in logs["rewards"].items()
                 },
                 "advantage": logs["advantages"][place],
             }
-            for place in range(0, count, max(1, count // SAMPLES))
-        ][:SAMPLES]
-        return made
+            for place in range(0, count, step)[: self.samples_per_log]
+        ]
 
     # The end of a step
 

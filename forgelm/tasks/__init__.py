@@ -7,11 +7,21 @@ TaskData`, `scorer(config, labels, reader) -> Scorer`, `asked(config, data, read
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from forgelm.config.schema import Kind
+from forgelm.config.schema import Kind, RlConfig, RunConfig
+
+if TYPE_CHECKING:
+    from forgelm.tasks.data import Rows
 
 
 def of_kind(kind: Kind) -> Any:
     """The module of a kind of task."""
     return import_module(f"forgelm.tasks.{kind.name}")
+
+
+def rows_of(config: RunConfig, revision: str | None) -> Rows:
+    """The rows of a config's task; mode rl can do with prompts alone."""
+    options = {"answers": False} if isinstance(config.mode, RlConfig) else {}
+    rows: Rows = of_kind(config.task.kind).load_rows(config.task, revision, **options)
+    return rows

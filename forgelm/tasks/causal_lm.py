@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgelm import stop
 from forgelm.config.metrics import answers
-from forgelm.config.schema import RunConfig, TaskConfig
+from forgelm.config.schema import RlConfig, RunConfig, TaskConfig
 from forgelm.errors import ConfigError
 from forgelm.log import say
 from forgelm.models.tokens import IGNORED
@@ -44,6 +44,10 @@ def prepare(
             another, no row is left, or a metric needs answers that the rows don't have.
     """
     task = config.task
+    if isinstance(config.mode, RlConfig):
+        from forgelm.tasks import prompts
+
+        return prompts.prepare(config, rows, reader, multiple_of)
     check_length(reader, task.max_length, "the model")
     if teacher_reader is not None:
         check_same_vocabulary(reader, teacher_reader)
@@ -86,11 +90,7 @@ def asked(config: RunConfig, data: Path, reader: PreTrainedTokenizerBase) -> Ask
     given, rows = language.own_rows(config.task, data)
     made = []
     for number, row in enumerate(rows, 1):
-        if MESSAGES in row:
-            text = chat.asked(json.loads(row[MESSAGES]), reader)
-            ids = reader(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = _open_ended(reader(row.get(PAIR[0], row.get(TEXT)))["input_ids"], reader)
+        ids = asked_ids(row, reader)
         if len(ids) > config.task.max_length:
             raise ConfigError(
                 f"{data}, row {number}: {len(ids)} tokens, and the run's task.max_length is "
@@ -98,6 +98,15 @@ def asked(config: RunConfig, data: Path, reader: PreTrainedTokenizerBase) -> Ask
             )
         made.append({"input_ids": ids, "prompt_length": len(ids), "reference": None})
     return Asked(given, Dataset.from_list(made))
+
+
+def asked_ids(row: dict[str, str], reader: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens after which the model answers a row of `load_rows`."""
+    if MESSAGES in row:
+        text = chat.asked(json.loads(row[MESSAGES]), reader)
+        ids: list[int] = reader(text, add_special_tokens=False)["input_ids"]
+        return ids
+    return _open_ended(reader(row.get(PAIR[0], row.get(TEXT)))["input_ids"], reader)
 
 
 def check_same_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:

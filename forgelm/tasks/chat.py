@@ -65,9 +65,17 @@ def write(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Written:
 
 def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text after which the model answers; what stands from the last answer on is left out."""
-    places = [place for place, turn in enumerate(chat) if turn["role"] == "assistant"]
-    open_end = chat[: places[-1]] if places and places[-1] == len(chat) - 1 else chat
-    return _render(open_end, tokenizer, True)
+    return _render(opening(chat), tokenizer, True)
+
+
+def opening(chat: Chat) -> Chat:
+    """The turns before the answer that a chat ends with; all of them if it ends otherwise."""
+    return chat[:-1] if answered(chat) else chat
+
+
+def answered(chat: Chat) -> bool:
+    """Whether a chat ends with an answer."""
+    return chat[-1]["role"] == "assistant"
 
 
 def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:

@@ -35,16 +35,20 @@ class Layout:
         return [*(self.pair or ()), *filter(None, (self.messages, self.text))]
 
 
-def load_rows(task: TaskConfig, revision: str | None) -> Rows:
+def load_rows(task: TaskConfig, revision: str | None, answers: bool = True) -> Rows:
     """Load and check the rows. Each data set has the columns `prompt` and `completion`, or
     `messages` (JSON text of a list of {role, content}), or `text`.
+
+    Without `answers` the completions, and an assistant's turns, need not be there.
 
     Raises:
         ConfigError: a missing file, split or column, an empty file, bad rows (all of a split).
         RunError: the hub failed.
     """
     splits, fingerprint = load_splits(task, revision)
-    made = {name: _normalised(task, f"split {name}", split) for name, split in splits.items()}
+    made = {
+        name: _normalised(task, f"split {name}", split, answers) for name, split in splits.items()
+    }
     train = part(made.pop(task.train_split), task.max_train_samples)
     held_out = {name: part(split, task.max_eval_samples) for name, split in made.items()}
     return Rows(train, held_out, None, fingerprint, revision)
@@ -92,11 +96,13 @@ def layout_of(task: TaskConfig, where: str, columns: list[str], answers: bool = 
     return found
 
 
-def _normalised(task: TaskConfig, where: str, rows: Dataset) -> Dataset:
+def _normalised(task: TaskConfig, where: str, rows: Dataset, answers: bool) -> Dataset:
     if not len(rows):
         raise ConfigError(f"{where} of task {task.name} has no rows")
-    layout = layout_of(task, where, rows.column_names)
-    return _checked(task, layout, where, rows, answers=True)
+    columns = rows.column_names
+    layout = layout_of(task, where, columns, answers or task.completion_column is not None)
+    given = layout.pair is not None and layout.pair[1] in columns
+    return _checked(task, layout, where, rows, answers or given)
 
 
 def _checked(task: TaskConfig, layout: Layout, where: str, rows: Dataset, answers: bool) -> Dataset:

@@ -133,7 +133,7 @@ class Rounds(Order):
         whole, rest = divmod(self.rows, self.prompts)
         return (whole + bool(rest and not self.drop_last)) * self.uses
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         order, first = self._order(), self.world.rank * self.batch_size
         for number in range(len(self) // self.uses):
             places = range(number * self.prompts, (number + 1) * self.prompts)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from forgelm.config.rewards import BUILT_IN
 from forgelm.config.schema import RlConfig
 from forgelm.errors import ConfigError, RunError
-from forgelm.modes.rewards import Checked, build, last_number
+from forgelm.tasks.rewards import Checked, build, last_number
 
 
 def reward(name: str, **keys: Any) -> Checked:
-    (made,) = build(RlConfig(rewards=[name], **keys))
+    pattern = keys.pop("pattern", None)
+    (made,) = build(RlConfig(rewards=[name], **keys), pattern)
     return made
 
 
@@ -44,9 +46,7 @@ def worth(made: Checked, completion: str, reference: str = "", tokens: int = 0) 
         ("numeric", "7", "none", 0),
     ],
 )
-def test_what_an_answer_is_worth(
-    name: str, completion: str, reference: str, value: float
-) -> None:
+def test_what_an_answer_is_worth(name: str, completion: str, reference: str, value: float) -> None:
     assert worth(reward(name), completion, reference) == value
 
 
@@ -54,7 +54,7 @@ def test_what_an_answer_is_worth(
     ("text", "number"),
     [
         ("x = -3", "-3"),
-        ("x = −3", "-3"),
+        ("x = \u22123", "-3"),
         ("5-3", "3"),
         ("1,2,3", "3"),
         ("1,2345", "2345"),
@@ -102,9 +102,19 @@ def test_a_reward_is_given_what_it_names() -> None:
     assert called(lambda references: [len(r) for r in references], "a") == [1]
 
 
-def test_chats_are_given_as_texts() -> None:
-    made = Checked("judge", lambda completions: [len(text) for text in completions])
-    assert made(prompts=[[]], completions=[[{"role": "assistant", "content": "four"}]]) == [4]
+def test_answers_are_looked_for_in_both() -> None:
+    pattern = r"#### (.*)"
+    assert worth(reward("exact_match", pattern=pattern), "so #### 7", "3 + 4 #### 7") == 1
+    assert worth(reward("exact_match", pattern=pattern), "7", "3 + 4 #### 7") == 0
+    assert worth(reward("numeric", pattern=pattern), "#### 7.0 apples", "3 + 4 #### 7") == 1
+    assert worth(reward("contains", pattern=pattern), "it is 7", "3 + 4 #### 7") == 1
+
+
+def test_whether_references_are_needed() -> None:
+    needed = [name for name in BUILT_IN if reward(name, format_pattern=".*").needs_references]
+    assert needed == ["exact_match", "contains", "numeric"]
+    assert not Checked("judge", lambda **given: [1.0]).needs_references
+    assert not Checked("judge", lambda completions, references=None: [1.0]).needs_references
 
 
 def wrong(value: Any) -> Any:

@@ -6,8 +6,8 @@ names, or all of them if it takes any keyword:
 
 - `completions`: the texts that were generated,
 - `prompts`: what they go on from: texts, or lists of chat messages,
-- `references`: the data's own completions, or the answers in them (`task.answer_pattern`),
-- `completion_ids`: the tokens of the completions.
+- `references`: the data's own completions; None each where it has none,
+- `completion_ids`: the tokens of the completions, the end's included.
 """
 
 from __future__ import annotations
@@ -24,30 +24,45 @@ from typing import Any
 from forgelm import plugins
 from forgelm.config.schema import RlConfig
 from forgelm.errors import ConfigError, RunError
+from forgelm.tasks.texts import answer_in
 
 Reward = Callable[..., Sequence[float | None]]
 
 GIVEN = ("prompts", "completions", "references", "completion_ids")
 _SHOWN = 60
-_NUMBER = re.compile(r"(?:(?<!\w)[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_MINUS = "\u2212"
+_NUMBER = re.compile(r"(?:(?<!\w)[-\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
-def exact_match(completions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """1 where the completion is the reference, blanks around them aside, else 0."""
+def exact_match(
+    completions: Sequence[str], references: Sequence[str], pattern: str | None
+) -> list[float]:
+    """1 where the answers in both are the same text, else 0."""
+    return [
+        float(answer_in(ours, pattern) == answer_in(theirs, pattern))
+        for ours, theirs in zip(completions, references, strict=True)
+    ]
+
+
+def contains(
+    completions: Sequence[str], references: Sequence[str], pattern: str | None
+) -> list[float]:
+    """1 where the reference's answer stands anywhere in the completion, else 0."""
     pairs = zip(completions, references, strict=True)
-    return [float(ours.strip() == theirs.strip()) for ours, theirs in pairs]
+    return [float(answer_in(theirs, pattern) in ours) for ours, theirs in pairs]
 
 
-def contains(completions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """1 where the reference stands anywhere in the completion, else 0."""
-    pairs = zip(completions, references, strict=True)
-    return [float(theirs.strip() in ours) for ours, theirs in pairs]
-
-
-def numeric(completions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """1 where the last numbers of both are equal, however they are written, else 0."""
-    pairs = zip(completions, references, strict=True)
-    return [float(_equal(last_number(ours), last_number(theirs))) for ours, theirs in pairs]
+def numeric(
+    completions: Sequence[str], references: Sequence[str], pattern: str | None
+) -> list[float]:
+    """1 where the last numbers of both answers are equal, however they are written, else 0."""
+    numbers = [
+        [last_number(answer_in(text, pattern)) for text in side]
+        for side in (completions, references)
+    ]
+    return [
+        float(ours is not None and ours == theirs) for ours, theirs in zip(*numbers, strict=True)
+    ]
 
 
 def format(completions: Sequence[str], pattern: str) -> list[float]:
@@ -67,39 +82,40 @@ def length(completion_ids: Sequence[Sequence[int]], target: int) -> list[float]:
 def last_number(text: str) -> Decimal | None:
     """The last number in a text; commas may part its thousands."""
     found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    return Decimal(found[-1].replace(",", "").replace(_MINUS, "-")) if found else None
 
 
-def _equal(ours: Decimal | None, theirs: Decimal | None) -> bool:
-    return ours is not None and ours == theirs
-
-
-_BUILT_IN: dict[str, Callable[[RlConfig], Reward]] = {
-    "exact_match": lambda mode: exact_match,
-    "contains": lambda mode: contains,
-    "numeric": lambda mode: numeric,
-    "format": lambda mode: partial(format, pattern=str(mode.format_pattern)),
-    "length": lambda mode: partial(length, target=mode.length_target),
+_BUILT_IN: dict[str, Callable[[RlConfig, str | None], Reward]] = {
+    "exact_match": lambda mode, pattern: partial(exact_match, pattern=pattern),
+    "contains": lambda mode, pattern: partial(contains, pattern=pattern),
+    "numeric": lambda mode, pattern: partial(numeric, pattern=pattern),
+    "format": lambda mode, pattern: partial(format, pattern=str(mode.format_pattern)),
+    "length": lambda mode, pattern: partial(length, target=mode.length_target),
 }
 
 
-def names() -> list[str]:
-    """Every reward that can be named here."""
-    return [*_BUILT_IN, *plugins.names(plugins.REWARDS)]
-
-
-def build(mode: RlConfig) -> list[Checked]:
-    """The config's rewards.
+def build(mode: RlConfig, answer_pattern: str | None) -> list[Checked]:
+    """The config's rewards; `answer_pattern` is what finds the answer in a text.
 
     Raises:
         ConfigError: one that another package adds can't be loaded, or needs what nobody gives.
     """
-    return [Checked(name, _function(name, mode)) for name in mode.rewards]
+    return [Checked(name, _function(name, mode, answer_pattern)) for name in mode.rewards]
 
 
-def _function(name: str, mode: RlConfig) -> Reward:
+def useless(name: str, reference: str, pattern: str | None) -> str | None:
+    """Why a reward of ours can't compare anything with a reference; None: it can."""
+    answer = answer_in(reference, pattern)
+    if name in ("exact_match", "contains", "numeric") and not answer:
+        return f"task.answer_pattern finds no answer in {_cut(reference)}"
+    if name == "numeric" and last_number(answer) is None:
+        return f"there is no number in {_cut(answer)}"
+    return None
+
+
+def _function(name: str, mode: RlConfig, pattern: str | None) -> Reward:
     if name in _BUILT_IN:
-        return _BUILT_IN[name](mode)
+        return _BUILT_IN[name](mode, pattern)
     found: Reward = plugins.load(plugins.REWARDS, name)
     return found
 
@@ -111,37 +127,34 @@ class Checked:
         self.name = self.__name__ = name
         self.function = function
         self.taken = _taken(name, function)
-
-    @property
-    def needs_references(self) -> bool:
-        return "references" in self.taken
+        named = inspect.signature(function).parameters.get("references")
+        self.needs_references = named is not None and named.default is named.empty
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **given: Any
+        self, prompts: Sequence[Any], completions: Sequence[str], **given: Any
     ) -> list[float | None]:
         """One number for each completion, None where the reward doesn't apply.
 
         Raises:
             RunError: the reward raised, or returned something else.
         """
-        texts = [text_of(completion) for completion in completions]
-        known = {"prompts": prompts, "completions": texts, **given}
-        taken = {key: known[key] for key in self.taken if key in known}
+        known = {"prompts": prompts, "completions": completions, **given}
+        taken = {key: known[key] for key in self.taken}
         try:
             values = self._called(taken)
         except Exception as error:
-            place = self._culprit(taken, len(texts))
-            where = "" if place is None else f" for {_shown(prompts[place], texts[place])}"
+            place = self._culprit(taken, len(completions))
+            where = "" if place is None else f" for {_shown(prompts[place], completions[place])}"
             said = " ".join(str(error).split())[:200]
             raise RunError(
                 f"the reward {self.name} failed{where}: {type(error).__name__}: {said}"
             ) from error
-        if len(values) != len(texts):
+        if len(values) != len(completions):
             raise RunError(
-                f"the reward {self.name} returned {len(values)} values for {len(texts)} "
+                f"the reward {self.name} returned {len(values)} values for {len(completions)} "
                 "completions: it must return one for each"
             )
-        for value, prompt, text in zip(values, prompts, texts, strict=True):
+        for value, prompt, text in zip(values, prompts, completions, strict=True):
             if value is not None and not _finite(value):
                 raise RunError(
                     f"the reward {self.name} returned {value!r} for {_shown(prompt, text)}: it "
@@ -171,17 +184,14 @@ def _taken(name: str, function: Reward) -> list[str]:
             return list(GIVEN)
         if key in GIVEN:
             taken.append(key)
-        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
+        elif (
+            parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        ):
             raise ConfigError(
                 f"the reward {name} takes {key}, which nobody gives it: "
                 f"a reward is given {', '.join(GIVEN)}"
             )
     return taken
-
-
-def text_of(completion: Any) -> str:
-    """A completion as text: trl hands out those of chats as lists of messages."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _finite(value: Any) -> bool:
