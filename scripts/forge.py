@@ -108,7 +108,9 @@ def stored_with_mode(path: Path, last: bool) -> str:
     values = content(path)
     beside = inherited(path, values)[1]
     defaults = [
-        stored_with_mode(beside[name], last=False) if name in beside else name
+        stored_with_mode(beside[name], last=False)
+        if isinstance(name, str) and name in beside
+        else name
         for name in values.pop("defaults", [])
     ]
     if defaults and "_self_" not in defaults:

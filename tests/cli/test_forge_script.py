@@ -31,11 +31,15 @@ FILES = {
     "whole.yaml": (
         "defaults:\n  - config\n  - override mode: kd\n  - _self_\nmode:\n  alpha: 0.3\nepochs: 4\n"
     ),
-    "rl.yaml": "rl:\n  beta: 0.1\n  rewards: [numeric]\ntask: {name: own}\nepochs: 7\n",
+    "rl.yaml": (
+        "defaults:\n  - override /task: arithmetic\nrl:\n  beta: 0.1\n  rewards: [numeric]\n"
+        "epochs: 7\n"
+    ),
     "rl_child.yaml": "defaults: [rl]\nrl:\n  beta: 0.2\nepochs: 8\n",
     "rl_parent_only.yaml": "defaults: [_self_, rl]\nmode:\n  epsilon: 0.3\nepochs: 8\n",
-    "rl_whole.yaml": "defaults: [config]\nrl:\n  num_iterations: 2\n",
-    "rl_empty.yaml": "rl:\n",
+    "rl_whole.yaml": (
+        "defaults:\n  - config\n  - override task: arithmetic\nrl:\n  num_iterations: 2\n"
+    ),
     "two words.yaml": "epochs: 6\n",
     "empty.yaml": "",
     "wrong.yaml": "training:\n  lr: 0.1\nsed: 3\n",
@@ -219,8 +223,7 @@ def test_a_yaml_file_is_laid_over_the_default(
         ("rl", 7, {"beta": 0.1, "rewards": ["numeric"]}),
         ("rl_child", 8, {"beta": 0.2, "rewards": ["numeric"]}),
         ("rl_parent_only", 7, {"beta": 0.1, "epsilon": 0.3, "rewards": ["numeric"]}),
-        ("rl_whole", 1.5, {"num_iterations": 2, "rewards": ["exact_match"]}),
-        ("rl_empty", 1.5, {"beta": 0.0}),
+        ("rl_whole", 4, {"num_iterations": 2, "rewards": ["exact_match"]}),
     ],
 )
 def test_a_section_rl_is_mode_rl(
