@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ from forgelm.tasks.prompts import Rewarded, shown
 from forgelm.training.loader import Order, Rounds
 from forgelm.training.tensors import load_tree
 from forgelm.training.trainer import Exact
+
+# trl asks for it by its old name at each generation.
+warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing`", category=FutureWarning)
 
 REFERENCE = "reference.pt"
 _OUR_KEYS = {
@@ -223,7 +227,10 @@ class GrpoTrainer(Exact, GRPOTrainer):
         return {**super()._own_state(), "generation": generation}
 
     def more_trees(self) -> dict[str, Any]:
-        return {REFERENCE: self._plain_reference().state_dict()} if self.args.sync_ref_model else {}
+        if not self.args.sync_ref_model:
+            return {}
+        # By parameters: weights that share memory have one name among these.
+        return {REFERENCE: {name: p.data for name, p in self._plain_reference().named_parameters()}}
 
     def _plain_reference(self) -> Any:
         return self.accelerator.unwrap_model(self.ref_model)
@@ -244,7 +251,8 @@ class GrpoTrainer(Exact, GRPOTrainer):
         self._samples = generation["samples"]
         self.entropy_coef, self._last_world_entropy = generation["entropy"]
         if self.args.sync_ref_model:
-            self._plain_reference().load_state_dict(load_tree(checkpoint / REFERENCE))
+            kept = load_tree(checkpoint / REFERENCE)
+            self._plain_reference().load_state_dict(kept, strict=False)
 
 
 def _moved(node: Any, device: torch.device) -> Any:
