@@ -62,6 +62,18 @@ SEQ2SEQ = (
     "task.max_new_tokens=4",
 )
 WRITER = ("mode=kd", "teacher=path", "teacher.path={root}/writer")
+# A round of generation is two prompts, completions of random letters are worth different sums.
+RL = (
+    *CAUSAL,
+    "mode=rl",
+    "mode.rewards=[exact_match,format,length]",
+    "mode.reward_weights=[1,1,0.5]",
+    r"mode.format_pattern='.*\d.*'",
+    "mode.length_target=4",
+    "mode.num_generations=2",
+    "mode.max_completion_length=6",
+    "task.max_train_samples=16",
+)
 # Epochs of eight optimizer steps, the last of them with fewer batches than the others.
 TWICE = ("training.gradient_accumulation_steps=2", "task.max_train_samples=59")
 THRICE = ("training.gradient_accumulation_steps=3", "task.max_train_samples=87")
@@ -122,6 +134,21 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "mode.loss=jsd",
     ),
     "seq2seq": SEQ2SEQ,
+    "rl": RL,
+    "rl-window": (*RL, "mode.steps_per_generation=4"),
+    "rl-iterations": (*RL, "mode.num_iterations=2", "task.max_train_samples=8"),
+    "rl-everything": (
+        *RL,
+        "mode.steps_per_generation=4",
+        "mode.num_iterations=2",
+        "training.gradient_accumulation_steps=2",
+        "training.dataloader_num_workers=2",
+        "mode.beta=0.1",
+        "mode.sync_ref_model=true",
+        "mode.ref_model_sync_steps=2",
+        "mode.use_adaptive_entropy=true",
+        "mode.entropy_target=4.6",
+    ),
     "adamw-fused": ("training.optim=adamw_torch_fused",),
     "adafactor": ("training.optim=adafactor",),
     "sgd": ("training.optim=sgd", "training.learning_rate=0.1"),
@@ -140,6 +167,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         *TWICE,
         "launch.ranks_per_node=2",
         "task.max_train_samples=119",
+    ),
+    "ranks-2-rl": (
+        *RL,
+        "mode.steps_per_generation=2",
+        "mode.num_iterations=2",
+        "mode.beta=0.1",
+        "launch.ranks_per_node=2",
     ),
     "ranks-2-kd": (*KD, "launch.ranks_per_node=2", "task.max_train_samples=63"),
 }
@@ -194,6 +228,7 @@ class Result:
 
 def materials(root: Path) -> None:
     """Make what the variants need in `root`: two teachers, scored rows and prompts of our own."""
+    import forgelm.modes.rl  # noqa: F401
     from forgelm.tasks import arithmetic
     from forgelm.tasks.nli_mini import generate
 
