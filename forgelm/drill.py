@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forgelm.config.schema import Interval, RunConfig, SaveInterval, WandbMode
+from forgelm.config.schema import Interval, LmEvalConfig, RunConfig, SaveInterval, WandbMode
 from forgelm.errors import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -33,6 +33,7 @@ _EPOCH = 8
 _SAVE_STEPS = 5
 _EVAL_ROWS = 48
 _TEACHER_STEPS = 10
+_LM_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def cases(config: RunConfig) -> list[Case]:
     """Every kind of interruption that the (small) config can meet."""
     steps = config.max_steps or STEPS
     evaluates = config.training.eval_strategy is not Interval.no
+    measures = bool(config.eval.lm_eval.tasks)
     # A save passes its point three times; in the second save there is a checkpoint to go back to.
     inside = 5 if steps > _SAVE_STEPS else 3
     return [
@@ -68,10 +70,12 @@ def cases(config: RunConfig) -> list[Case]:
         Case("first step", "training", 1, "SIGINT"),
         Case("training", "training", min(4, steps), "SIGTERM"),
         Case("training", "training", min(7, steps), "SIGKILL"),
+        *([Case("lm-eval before", "lm_eval_before", 1, "SIGTERM")] if measures else []),
         *([Case("evaluation in training", "evaluation", 1, "SIGUSR1")] if evaluates else []),
         Case("second epoch", "training", min(_EPOCH + 1, steps), "SIGUSR2"),
         Case("a save", "save", 2, "SIGTERM"),
         Case("a save", "save", inside, "SIGKILL"),
+        *([Case("lm-eval after", "lm_eval", 1, "SIGKILL")] if measures else []),
         Case("finalize", "finalize", 2, "SIGTERM"),
         Case("finalize", "finalize", 1, "SIGKILL"),
     ]
@@ -117,7 +121,7 @@ def small(config: RunConfig, root: Path) -> RunConfig:
         run_name="drill",
         max_steps=min(config.max_steps or STEPS, STEPS),
         task=replace(config.task, max_train_samples=rows, max_eval_samples=held_out),
-        eval=replace(config.eval, before_training=True),
+        eval=replace(config.eval, before_training=True, lm_eval=_few(config.eval.lm_eval)),
         wandb=replace(config.wandb, mode=WandbMode.disabled),
         training=replace(
             training,
@@ -131,6 +135,12 @@ def small(config: RunConfig, root: Path) -> RunConfig:
             eval_steps=_SAVE_STEPS + 1 if evaluates else None,
             record_batches=True,
         ),
+    )
+
+
+def _few(asked: LmEvalConfig) -> LmEvalConfig:
+    return replace(
+        asked, limit=min(asked.limit or _LM_EXAMPLES, _LM_EXAMPLES) if asked.tasks else None
     )
 
 

@@ -11,7 +11,16 @@ import signal
 from collections import Counter
 
 VARIABLE = "FORGELM_INTERRUPT"
-POINTS = ("preparation", "evaluation_before", "training", "evaluation", "save", "finalize")
+POINTS = (
+    "preparation",
+    "evaluation_before",
+    "lm_eval_before",
+    "training",
+    "evaluation",
+    "save",
+    "lm_eval",
+    "finalize",
+)
 
 _seen: Counter[str] = Counter()
 
