@@ -69,12 +69,16 @@ def manager(asked: LmEvalConfig) -> Any:
     Its own tasks are looked through only where the folder's aren't enough: they are some 14,000
     files, and take seconds.
     """
-    folder = asked.include_path and str(Path(asked.include_path).expanduser().resolve())
+    folder = _folder(asked)
     if folder:
-        made = _manager(folder, False)
-        if all(_complete(name, made.task_index) for name in asked.tasks):
-            return made
+        own = _manager(folder, False)
+        if all(_complete(name, own.task_index) for name in asked.tasks):
+            return own
     return _manager(folder, True)
+
+
+def _folder(asked: LmEvalConfig) -> str | None:
+    return asked.include_path and str(Path(asked.include_path).expanduser().resolve())
 
 
 @cache
@@ -98,23 +102,23 @@ def _complete(name: str, index: Mapping[str, Any]) -> bool:
 
 
 def _unknown(asked: LmEvalConfig) -> Iterator[str]:
-    known = manager(asked).task_index
-    wrong = [name for name in asked.tasks if name not in known]
+    folder = _folder(asked)
+    own = _manager(folder, False).all_tasks if folder else []
+    wrong = [name for name in asked.tasks if name not in own]
+    theirs = _manager(None, True).all_tasks if wrong else []
+    wrong = [name for name in wrong if name not in theirs]
     if not wrong:
         return
     where = "lm-eval has no such task"
     if asked.include_path is not None:
         yield from _unreadable(Path(asked.include_path).expanduser())
-        own = sorted(
-            _manager(str(Path(asked.include_path).expanduser().resolve()), False).all_tasks
-        )
         more = ", ..." if len(own) > _SHOWN else ""
         where = (
             f"neither lm-eval nor {asked.include_path} has such a task; the folder has "
             f"{', '.join(own[:_SHOWN]) or 'none'}{more}"
         )
     for name in wrong:
-        near = difflib.get_close_matches(name, list(known), n=3)
+        near = difflib.get_close_matches(name, [*own, *theirs], n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         yield f"eval.lm_eval.tasks: {name}: {where}{hint}"
 
