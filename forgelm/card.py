@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from forgelm.config.lm_tasks import LM_EVAL, lm_eval_rows
 from forgelm.config.schema import KdConfig, Kind
 from forgelm.config.validate import uses_teacher
 from forgelm.run.lifecycle import EXTENDING, Run
@@ -54,10 +55,16 @@ def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
 
 
 def _table(results: dict[str, Any]) -> list[str]:
-    after = results["after"]["student"]
+    after = {**results["after"]["student"]}
+    measured = lm_eval_rows(after)
+    after.pop(LM_EVAL, None)
     names = list(next(iter(after.values())))
     rows = [f"| split | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for split, values in after.items():
         cells = ["-" if values[name] is None else f"{values[name]:.4f}" for name in names]
         rows.append(f"| {split} | {' | '.join(cells)} |")
+    if measured:
+        rows += ["", "By lm-eval:", "", "| task | metric | value |", "|---|---|---|"]
+    for task, metric, value in measured:
+        rows.append(f"| {task} | {metric} | {'-' if value is None else f'{value:.4f}'} |")
     return rows

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from forgelm.config.lm_tasks import problems
 from forgelm.config.schema import RunConfig
 from forgelm.config.validate import DATA_SUFFIXES
 from forgelm.errors import ConfigError
@@ -19,13 +20,18 @@ from forgelm.run.paths import RunPaths
 PREDICTION_SUFFIXES = (".jsonl", ".csv")
 
 
-def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
-    """Loss and metrics of a complete run's final model on each evaluation split.
+def evaluate_run(paths: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A complete run's final model: loss and metrics on each evaluation split, and the metrics of
+    each of lm-eval's tasks that the run asks for.
 
     Raises:
-        ConfigError: the run isn't complete, or its data isn't as it was.
+        ConfigError: the run isn't complete, its data isn't as it was, or lm-eval isn't installed.
     """
     config, metadata = _complete(paths)
+    asked = config.eval.lm_eval
+    found = list(problems(asked, config.task))
+    if found:
+        raise ConfigError(found)
     quiet_libraries()
     from forgelm.evaluate import evaluate
     from forgelm.models.load import device_for, load_final
@@ -41,10 +47,19 @@ def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
     final = load_final(paths.root, kind)
     task = of_kind(kind).prepare(config, rows, final.reader, None, multiple_of=None)
     size, device = config.training.per_device_eval_batch_size, device_for(config.training)
-    return {
+    splits = {
         name: evaluate(final.model, split, task.scorer, size, device)
         for name, split in task.eval.items()
     }
+    if not asked.tasks:
+        return splits, {}
+    from forgelm.harness import Harness
+
+    harness = Harness(asked)
+    scores: dict[str, Any] = {}
+    for name in asked.tasks:
+        scores |= harness.measure(name, final.model, final.reader, kind, device)
+    return splits, scores
 
 
 def predict_file(paths: RunPaths, data: Path, output: Path) -> int:

@@ -6,17 +6,20 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm import stop
+from forgelm.config.lm_tasks import LM_EVAL, problems
 from forgelm.config.rewards import round_of
 from forgelm.config.schema import RlConfig, RunConfig
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError, RunError, Stopped
 from forgelm.interrupt import point
 from forgelm.log import log, quiet_libraries, say
+from forgelm.memory import Doing, explained
 from forgelm.run.checkpoints import newest_whole, read_progress
 from forgelm.run.files import read_json, readable, write_json, write_text
 from forgelm.run.lifecycle import Run, extend, start_session
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, TrainingArguments
 
+    from forgelm.harness import Harness
     from forgelm.run.tracking import Tracker
     from forgelm.tasks.data import Scorer, TaskData
     from forgelm.training.trainer import Exact
@@ -61,15 +65,18 @@ def pipeline(run: Run, distributed: bool = False) -> None:
     try:
         stop_here(run)
         task = prepare_task(run)
+        harness = prepare_harness(run)
         extend(run)
         stop_here(run)
-        models = load_models(run, task)
-        trainer = build_trainer(run, task, models)
+        with explained(run.config, Doing.loading):
+            models = load_models(run, task)
+            trainer = build_trainer(run, task, models)
         if run.world.first:
             say(opening_screen(run, task, models, trainer.args))
-        before = evaluate_before(run, task, models, trainer.args.device)
-        train(run, task, trainer, tracker, before)
-        results = finalize(run, task, trainer, tracker, before)
+        before = evaluate_before(run, task, models, trainer.args.device, harness)
+        with explained(run.config, Doing.training):
+            train(run, task, trainer, tracker, before)
+        results = finalize(run, task, trainer, tracker, before, harness)
         if run.world.first:
             say(closing(run.config, run.paths.root, results, duration(time.monotonic() - began)))
         code = 0
@@ -168,6 +175,29 @@ def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> 
     return made
 
 
+def prepare_harness(run: Run) -> Harness | None:
+    """lm-eval's tasks with their data, for the first rank: what is wrong with them shows before
+    training. Refuses to go on with other definitions than the run began with."""
+    asked = run.config.eval.lm_eval
+    if not asked.tasks or not run.world.first:
+        return None
+    found = list(problems(asked, run.config.task))
+    if found:
+        raise ConfigError(found)
+    from forgelm.harness import Harness, fingerprint
+
+    made = Harness(asked)
+    if asked.include_path is not None:
+        known, now = run.metadata.get("lm_eval_fingerprint"), fingerprint(Path(asked.include_path))
+        if known not in (None, now):
+            raise ConfigError(
+                f"the tasks in eval.lm_eval.include_path={asked.include_path} changed since the "
+                "run began: restore them, or give another run_name"
+            )
+        run.note(lm_eval_fingerprint=now)
+    return made
+
+
 def load_models(run: Run, task: TaskData) -> Models:
     """The student, from the same start whatever the mode; the teacher if needed."""
     from transformers import set_seed
@@ -253,7 +283,7 @@ def opening_screen(run: Run, task: TaskData, models: Models, arguments: Training
 
 
 def evaluate_before(
-    run: Run, task: TaskData, models: Models, device: torch.device
+    run: Run, task: TaskData, models: Models, device: torch.device, harness: Harness | None
 ) -> dict[str, Any] | None:
     """The student as it starts, and the teacher; what an earlier start measured is kept."""
     before: dict[str, Any] | None = known_evaluations(run)["before"]
@@ -272,7 +302,55 @@ def evaluate_before(
             scores = measured(run, model, rows, scorer, device)
             before = {**before, who: {**before.get(who, {}), split: scores}}
             keep_evaluations(run, before=before)
-    return before
+
+    def keep(student: dict[str, Any]) -> None:
+        keep_evaluations(run, before={**before, "student": student})
+
+    student = by_harness(run, task, models.student, device, harness, before["student"], keep)
+    return {**before, "student": student}
+
+
+def by_harness(
+    run: Run,
+    task: TaskData,
+    model: PreTrainedModel,
+    device: torch.device,
+    harness: Harness | None,
+    student: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The student's evaluations, with those of lm-eval's tasks that aren't among them yet.
+
+    The first rank measures, the others wait for it.
+    """
+    if not run.config.eval.lm_eval.tasks:
+        return student
+    place = "lm_eval_before" if run.state.stage is Stage.evaluation_before else "lm_eval"
+
+    def at_batch(done: bool = False) -> bool:
+        """All ranks meet here, until the first is done."""
+        stopping, done = run.world.agree(stop.requested() is not None, done)
+        if stopping:
+            raise Stopped(stop.requested() or "another rank was asked to stop")
+        return done
+
+    def at_own_batch() -> None:
+        point(place)
+        at_batch()
+
+    if harness is None:
+        while not at_batch():
+            pass
+    else:
+        for name in harness.missing(student.get(LM_EVAL, {})):
+            say(f"lm-eval: {name}")
+            kind = run.config.task.kind
+            with explained(run.config, Doing.lm_eval):
+                scores = harness.measure(name, model, task.reader, kind, device, at_own_batch)
+            student = {**student, LM_EVAL: {**student.get(LM_EVAL, {}), **scores}}
+            keep(student)
+        at_batch(done=True)
+    return run.world.share(student)
 
 
 def known_evaluations(run: Run) -> dict[str, Any]:
@@ -299,15 +377,16 @@ def measured(
     """A model on one of the run's evaluation splits, by all ranks together."""
     from forgelm.evaluate import evaluate
 
-    return evaluate(
-        model,
-        rows,
-        scorer,
-        run.config.training.per_device_eval_batch_size,
-        device,
-        world=run.world,
-        name=_POINTS.get(run.state.stage, "evaluation"),
-    )
+    with explained(run.config, Doing.evaluation):
+        return evaluate(
+            model,
+            rows,
+            scorer,
+            run.config.training.per_device_eval_batch_size,
+            device,
+            world=run.world,
+            name=_POINTS.get(run.state.stage, "evaluation"),
+        )
 
 
 def evaluations(config: RunConfig, before: Any, after: Any, peaks: Any) -> dict[str, Any]:
@@ -402,6 +481,7 @@ def finalize(
     trainer: Exact,
     tracker: Tracker,
     before: dict[str, Any] | None,
+    harness: Harness | None,
 ) -> dict[str, Any]:
     """Evaluate, and leave model, tokenizer, card and results; only then is the run complete."""
     from forgelm.callbacks import peaks
@@ -424,6 +504,11 @@ def finalize(
             scores = measured(run, model, rows, task.scorer, trainer.args.device)
             after = {**after, split: scores}
             keep_evaluations(run, after={"student": after})
+
+    def keep(student: dict[str, Any]) -> None:
+        keep_evaluations(run, after={"student": student})
+
+    after = by_harness(run, task, model, trainer.args.device, harness, after, keep)
     stop_here(run)
     results = evaluations(config, before, {"student": after}, None)
     if run.world.first:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from forgelm.config.lm_tasks import LM_EVAL, lm_eval_rows
 from forgelm.config.schema import (
     DistillationLoss,
     KdConfig,
@@ -85,8 +86,13 @@ def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str
         (results["before"] or {}).get("teacher"),
     )
     for split in after:
+        if split == LM_EVAL:
+            continue
         values = [_value(scores, split, metric) for scores in (before, after, teacher)]
         rows.append((f"{split} {metric}", *map(_number, values), _gap(*values)))
+    for task, name, _ in lm_eval_rows(after):
+        measured = [_value((scores or {}).get(LM_EVAL), task, name) for scores in (before, after)]
+        rows.append((f"{task} {name}", *map(_number, measured), "-", "-"))
     place = shlex.quote(_near(root))
     lines = [
         _RULE,

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from forgelm import plugins
+from forgelm.config import lm_tasks
 from forgelm.config.metrics import BUILT_IN, REWARD, answers, fitting
 from forgelm.config.modes import modes
 from forgelm.config.rewards import rewards, round_of
@@ -65,6 +66,7 @@ def check(config: RunConfig) -> list[str]:
         _teacher,
         _mode,
         _training,
+        _lm_eval,
     ):
         problems += rule(config)
     return problems
@@ -492,3 +494,7 @@ def _training(config: RunConfig) -> Iterator[str]:
             f"model.tiny.num_attention_heads={heads}: must divide "
             f"model.tiny.hidden_size={tiny.hidden_size}"
         )
+
+
+def _lm_eval(config: RunConfig) -> Iterator[str]:
+    yield from lm_tasks.problems(config.eval.lm_eval, config.task)
