@@ -173,7 +173,9 @@ def _absolute(config: RunConfig) -> RunConfig:
     return replace(
         config,
         task=task,
-        model=replace(config.model, path=_if_there(config.model.path)),
+        model=replace(
+            config.model, path=_if_there(config.model.path), base=_if_there(config.model.base)
+        ),
         teacher=replace(config.teacher, path=_if_there(config.teacher.path)),
         output_root=str(Path(config.output_root).resolve()),
     )
