@@ -62,6 +62,7 @@ SEQ2SEQ = (
     "task.max_new_tokens=4",
 )
 WRITER = ("mode=kd", "teacher=path", "teacher.path={root}/writer")
+LORA = ("model.lora.enabled=true", "model.lora.r=4", "model.lora.lora_dropout=0.1")
 # Epochs of eight optimizer steps, the last of them with fewer batches than the others.
 TWICE = ("training.gradient_accumulation_steps=2", "task.max_train_samples=59")
 THRICE = ("training.gradient_accumulation_steps=3", "task.max_train_samples=87")
@@ -122,6 +123,18 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "mode.loss=jsd",
     ),
     "seq2seq": SEQ2SEQ,
+    "lora": (*LORA, "model.lora.bias=all"),
+    "lora-dora-best": (
+        *LORA,
+        "model.lora.use_dora=true",
+        "model.lora.use_rslora=true",
+        "training.load_best_model_at_end=true",
+    ),
+    "lora-kd-accumulation": (*LORA, *KD, *TWICE),
+    "lora-causal-dora": (*LORA, *CAUSAL, "model.lora.use_dora=true"),
+    "lora-causal-embeddings": (*LORA, *CAUSAL, "model.lora.modules_to_save=[embed_tokens]"),
+    "lora-seq2seq": (*LORA, *SEQ2SEQ),
+    "lora-activation-checkpointing": (*LORA, "training.activation_checkpointing=true"),
     "adamw-fused": ("training.optim=adamw_torch_fused",),
     "adafactor": ("training.optim=adafactor",),
     "sgd": ("training.optim=sgd", "training.learning_rate=0.1"),
@@ -141,6 +154,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "launch.ranks_per_node=2",
         "task.max_train_samples=119",
     ),
+    "ranks-2-lora": (*LORA, "launch.ranks_per_node=2", "task.max_train_samples=63"),
     "ranks-2-kd": (*KD, "launch.ranks_per_node=2", "task.max_train_samples=63"),
 }
 

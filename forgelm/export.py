@@ -109,27 +109,31 @@ def push_run(paths: RunPaths, hub_id: str, private: bool) -> str:
             f"{paths.root} was completed by an older forgelm, which didn't note its "
             "final files; upload the folder's model files yourself"
         )
-    files = [*metadata["final_files"], "README.md", "eval.json", f"{adapters.OWN_BASE}/*"]
-    return push_folder(paths.root, files, hub_id, private)
+    files = [paths.root / name for name in (*metadata["final_files"], "README.md", "eval.json")]
+    files += files_in(paths.root / adapters.OWN_BASE)
+    return push_files(paths.root, files, hub_id, private)
 
 
-def push_folder(folder: Path, files: Sequence[str] | None, hub_id: str, private: bool) -> str:
-    """Upload a folder's files, or those that match a pattern of `files`, in one commit.
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def push_files(folder: Path, files: Sequence[Path], hub_id: str, private: bool) -> str:
+    """Upload files of a folder in one commit, so that nobody ever finds a part of a model.
 
     A repository that isn't there is made. Returns the commit's hash.
 
     Raises:
         RunError: the hub can't be reached, or refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     with explained(f"--push {hub_id}"):
         made = api.create_repo(hub_id, private=private or None, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=folder,
-            allow_patterns=None if files is None else list(files),
+        commit = api.create_commit(
+            made.repo_id,
+            [CommitOperationAdd(str(file.relative_to(folder)), file) for file in files],
             commit_message="Model trained by forgelm",
         )
     return str(commit.oid)

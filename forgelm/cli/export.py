@@ -45,7 +45,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"{name} goes with {other}; add it, or leave {name} out")
     paths = find_run(arguments.run, Path(arguments.output_root))
     complete(paths)
-    from forgelm.export import check_push, merge_run, push_folder, push_run
+    from forgelm.export import check_push, files_in, merge_run, push_files, push_run
 
     if arguments.push is not None:
         check_push(arguments.push)
@@ -54,7 +54,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
         merged = merge_run(paths, Path(arguments.output) if arguments.output else None)
     if arguments.push is not None:
         if merged is not None:
-            commit = push_folder(merged, None, arguments.push, arguments.private)
+            commit = push_files(merged, files_in(merged), arguments.push, arguments.private)
         else:
             commit = push_run(paths, arguments.push, arguments.private)
     return {
