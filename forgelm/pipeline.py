@@ -238,6 +238,7 @@ def with_own_base(run: Run, task: TaskData) -> ModelConfig:
             made = load_student(plain, kind, None, task.reader, labels)
             with written_aside(folder) as beside:
                 made.save_pretrained(beside)
+                task.reader.save_pretrained(beside)
     return replace(model, path=str(folder))
 
 

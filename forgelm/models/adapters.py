@@ -40,6 +40,7 @@ _NAME = "default"
 _WEIGHTS = "adapter_model.safetensors"
 _MAGNITUDE = "lora_magnitude_vector"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MISMATCH = re.compile("size mismatch for .*")
 _SHOWN = 8
 
 
@@ -320,10 +321,14 @@ def put_on(base: PreTrainedModel, adapter: Adapter, trainable: bool) -> PeftMode
 
     settings: Any = PeftConfig.from_pretrained(adapter.path, revision=adapter.revision)
     settings.inference_mode = not trainable
-    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(settings.task_type, PeftModel)
+    # Only training needs what peft adds for a kind of task, and not every model can have it.
+    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(settings.task_type) if trainable else None
     try:
         with _silent():
-            made: PeftModel = wrapper(base, settings)
+            made: PeftModel = (wrapper or PeftModel)(base, settings)
+    except ValueError as error:
+        raise _doesnt_fit(adapter, str(error)) from error
+    try:
         result = made.load_adapter(
             adapter.path,
             _NAME,
@@ -331,10 +336,13 @@ def put_on(base: PreTrainedModel, adapter: Adapter, trainable: bool) -> PeftMode
             torch_device="cpu",
             revision=adapter.revision,
         )
-    except (KeyError, RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        told = next((line for line in lines if line.startswith("size mismatch")), " ".join(lines))
-        raise _doesnt_fit(adapter, told[:300]) from error
+    except KeyError as error:
+        raise _doesnt_fit(adapter, f"the adapter lacks {error}") from error
+    except RuntimeError as error:
+        told = _MISMATCH.search(str(error))
+        if told is None:
+            raise
+        raise _doesnt_fit(adapter, told.group()) from error
     # With biases peft writes some under a second name.
     unknown = [name for name in result.unexpected_keys if "lora_" in name]
     for wrong, names in (("lacks", result.missing_keys), ("has", unknown)):
@@ -344,6 +352,7 @@ def put_on(base: PreTrainedModel, adapter: Adapter, trainable: bool) -> PeftMode
 
 
 def _doesnt_fit(adapter: Adapter, told: str) -> ConfigError:
+    told = " ".join(told.split())[:300]
     return ConfigError(
         f"adapter {adapter.path}: doesn't fit its base {adapter.base} ({told}); name the right "
         "one with model.base"

@@ -150,8 +150,10 @@ def _adapted_student(
     what = "goes on being trained" if further else "is merged into it, and all is trained"
     at = "" if base_revision is None else f" at {base_revision[:12]}"
     say(f"model {adapter.path} is an adapter of {adapter.base}{at}; it {what}")
-    model = _adapted(adapter, kind, base_revision, head, how, trainable=further)
-    return model if further else adapters.merged(model)
+    if further:
+        return _adapted(adapter, kind, base_revision, head, how, trainable=True)
+    # A head that neither has is trained with the rest.
+    return adapters.merged(_adapted(adapter, kind, base_revision, head, how, whole=False))
 
 
 def _adapted(
@@ -161,8 +163,9 @@ def _adapted(
     head: dict[str, Any],
     how: dict[str, Any],
     trainable: bool = False,
+    whole: bool = True,
 ) -> PeftModel:
-    """An adapter on its base.
+    """An adapter on its base; `whole`: the two must hold all weights of the model.
 
     Raises:
         ConfigError: the base is another than the one it was trained on, or can't be used.
@@ -170,7 +173,7 @@ def _adapted(
     base, fresh = _pretrained(kind, adapter.base, base_revision, head, how)
     adapters.check_base(adapter, base_revision)
     untrained = adapters.beside(base, adapter, fresh)
-    if untrained:
+    if untrained and whole:
         raise ConfigError(
             f"adapter {adapter.path}: neither it nor its base {adapter.base} holds "
             f"{_few(untrained)}; choose an adapter for task.kind={kind}"
