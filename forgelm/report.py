@@ -33,6 +33,15 @@ def parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _trained(model: Any) -> str:
+    """How many parameters a student has, and how many of them are trained if not all."""
+    every = parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained == every:
+        return f"{every:,} parameters"
+    return f"{trained:,} of {every:,} parameters trained ({100 * trained / every:.2g} %)"
+
+
 def opening(
     config: RunConfig,
     root: Path,
@@ -51,7 +60,7 @@ def opening(
     batch *= config.launch.ranks
     lines = {
         "task": f"{config.task.name}: train {train}, {held_out}; {_wanted(config, task)}",
-        "student": f"{_source(config.model.path, 'tiny')}, {parameters(student):,} parameters",
+        "student": f"{_source(config.model.path, 'tiny')}, {_trained(student)}",
         "teacher": "none"
         if teacher is None
         else f"{_teacher_source(config)}, {parameters(teacher):,} parameters",

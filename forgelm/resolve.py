@@ -175,7 +175,9 @@ def _absolute(config: RunConfig) -> RunConfig:
         config,
         task=task,
         eval=replace(config.eval, lm_eval=lm_eval),
-        model=replace(config.model, path=_if_there(config.model.path)),
+        model=replace(
+            config.model, path=_if_there(config.model.path), base=_if_there(config.model.base)
+        ),
         teacher=replace(config.teacher, path=_if_there(config.teacher.path)),
         output_root=str(Path(config.output_root).resolve()),
     )

@@ -253,11 +253,14 @@ class LoraSection:
     lora_alpha: int = option(32, min=1)
     lora_dropout: float = option(0.0, min=0, below=1)
     target_modules: list[str] | None = None
-    """Null: peft's choice for the architecture, else every linear layer but the head."""
+    """Null: peft's choice for the architecture, else every linear layer but the head, which is
+    what [all-linear] asks for too."""
     modules_to_save: list[str] | None = None
     bias: LoraBias = LoraBias.none
     use_dora: bool = False
     use_rslora: bool = False
+    merge: bool = option(False, decides=False)
+    """Leave the whole model too, in `merged/`."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from omegaconf import MISSING
 
 from forgelm import plugins
 from forgelm.config import lm_tasks
+from forgelm.config.extras import lacking
 from forgelm.config.metrics import BUILT_IN, REWARD, answers, fitting
 from forgelm.config.modes import modes
 from forgelm.config.rewards import rewards, round_of
@@ -41,6 +42,8 @@ EMBEDDED = {
     "arithmetic": Kind.causal_lm,
     "ocr_digits": Kind.image_to_text,
 }
+# What a folder with a model has; one with an adapter alone has the second.
+_MODEL_FILES = ("config.json", "adapter_config.json")
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -67,6 +70,7 @@ def check(config: RunConfig) -> list[str]:
         _mode,
         _training,
         _lm_eval,
+        _adapters,
     ):
         problems += rule(config)
     return problems
@@ -251,6 +255,7 @@ def _folders(config: RunConfig) -> Iterator[str]:
     """Paths that can only be folders here, not hub ids."""
     paths = {
         "model.path": config.model.path,
+        "model.base": config.model.base,
         "teacher.path": config.teacher.path,
         "task.dataset": config.task.dataset,
     }
@@ -259,10 +264,47 @@ def _folders(config: RunConfig) -> Iterator[str]:
             continue
         folder = Path(str(path)).expanduser()
         if folder.is_dir():
-            if key != "task.dataset" and not (folder / "config.json").is_file():
-                yield f"{key}={path}: the folder has no config.json; give a saved model's folder"
+            names = () if key == "task.dataset" else _MODEL_FILES[: 1 if key == "model.base" else 2]
+            if names and not any((folder / name).is_file() for name in names):
+                yield (
+                    f"{key}={path}: the folder has no {' or '.join(names)}; give a saved model's "
+                    "folder"
+                )
         elif str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
             yield f"{key}={path}: no such folder (looked in {Path.cwd()}), and not a hub id"
+
+
+def _adapters(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.base is not None and model.path is None:
+        yield f"model.base={model.base} is only read where model.path is an adapter"
+    if model.lora.enabled:
+        yield from _said(lacking("lora", "peft", "model.lora.enabled=true"))
+    for key, path in (("model", model.path), ("teacher", config.teacher.path)):
+        if path and path != MISSING and (Path(path).expanduser() / _MODEL_FILES[1]).is_file():
+            yield from _said(lacking("lora", "peft", f"{key}.path={path} is an adapter, which"))
+    if not model.load_in_4bit:
+        return
+    if not model.lora.enabled:
+        yield (
+            "model.load_in_4bit=true needs model.lora.enabled=true: weights in 4 bits can't be "
+            "trained, only adapters on them"
+        )
+    if model.path is None:
+        yield "model.load_in_4bit=true needs model.path: fresh weights aren't held in 4 bits"
+    if config.training.use_cpu:
+        yield "model.load_in_4bit=true needs a CUDA GPU: drop it, or drop training.use_cpu"
+    if model.lora.merge:
+        yield (
+            "model.lora.merge=true with model.load_in_4bit=true: merging into 4 bits loses what "
+            "was learnt; merge afterwards with forgelm export RUN --merge"
+        )
+    yield from _said(lacking("quant", "bitsandbytes", "model.load_in_4bit=true"))
+
+
+def _said(problem: str | None) -> Iterator[str]:
+    if problem is not None:
+        yield problem
 
 
 def _task_metrics(config: RunConfig) -> Iterator[str]:

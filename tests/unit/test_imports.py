@@ -15,6 +15,7 @@ ORDER = (
     "cli",
     "start",
     "pipeline",
+    "export",
     "final",
     "report",
     "card",
