@@ -83,7 +83,7 @@ def isolate(folder: Path) -> None:
 def warm() -> None:
     """Load once what every forked run needs."""
     warm_up()
-    import forgelm.pipeline  # noqa: F401
+    import forgelm.start  # noqa: F401
     from forgelm.tasks.nli_mini import SPLITS, generate
 
     for split in SPLITS:
@@ -102,7 +102,7 @@ def composed(words: Sequence[str], root: Path) -> RunConfig:
 
 def begin(config: RunConfig) -> int:
     """Run a config, or go on with it."""
-    from forgelm.pipeline import start
+    from forgelm.start import start
 
     return start(config, [], in_sweep=False, teacher_run=None)
 

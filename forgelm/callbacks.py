@@ -83,7 +83,7 @@ def _raise_peak(
     best: dict[str, dict[str, Any]], task: TaskConfig, split: str, values: dict[str, Any], step: int
 ) -> float | None:
     """Note a new best; returns the split's value among `values`, if it has one."""
-    metric = task.metrics[0].name
+    metric = task.metrics[0]
     value = values.get(f"eval_{split}_{metric}")
     if value is None or math.isnan(value):
         return None
@@ -112,7 +112,7 @@ class TeacherPeak(TrainerCallback):
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        metric = self.task.metrics[0].name
+        metric = self.task.metrics[0]
         for split in self.task.validation_splits:
             step = state.global_step
             if f"eval_{split}_{metric}" not in (metrics or {}):

@@ -6,10 +6,17 @@ from typing import Any
 
 import yaml
 
-from forgelm.config.schema import KdConfig
+from forgelm.config.schema import KdConfig, Kind
 from forgelm.config.validate import uses_teacher
 from forgelm.run.lifecycle import EXTENDING, Run
-from forgelm.tasks.prepare import TaskData
+from forgelm.tasks.data import TaskData
+
+_PIPELINES = {
+    Kind.text_classification: "text-classification",
+    Kind.causal_lm: "text-generation",
+    Kind.seq2seq: "text2text-generation",
+    Kind.image_to_text: "image-to-text",
+}
 
 
 def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
@@ -17,7 +24,7 @@ def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
     config = run.config
     header: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": _PIPELINES[config.task.kind],
         "tags": ["forgelm", config.mode.name, config.task.name],
     }
     if config.model.path:

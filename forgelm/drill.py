@@ -268,7 +268,7 @@ def warm_up() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import forgelm.callbacks
     import forgelm.modes.kd
-    import forgelm.tasks.prepare  # noqa: F401
+    import forgelm.tasks.text_classification  # noqa: F401
 
 
 def forked(start: Start, config: RunConfig, log: Path, environment: dict[str, str]) -> int:

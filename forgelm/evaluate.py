@@ -8,20 +8,15 @@ so what is measured is what `from_pretrained` gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from torch.utils.data import DataLoader
 
 from forgelm import stop
-from forgelm.config.schema import Metric
 from forgelm.errors import Stopped
 from forgelm.interrupt import point
-from forgelm.losses import task_loss
-from forgelm.tasks.encode import Collator
-from forgelm.tasks.metrics import measure
+from forgelm.tasks.data import Scorer
 from forgelm.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -29,21 +24,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def predictions(logits: Any, regression: bool) -> Any:
-    """From logits [rows, outputs] to label numbers [rows], or scores [rows] for a regression."""
-    return logits.squeeze(-1) if regression else logits.argmax(axis=-1)
-
-
-def logits_of(
+def records_of(
     model: PreTrainedModel,
     rows: Dataset,
-    collator: Collator,
+    scorer: Scorer,
     batch_size: int,
     device: torch.device,
     world: World = ALONE,
     name: str = "evaluation",
-) -> Any:
-    """The model's logits for encoded rows, a float32 numpy array [rows, outputs], on every rank.
+) -> list[Any]:
+    """The scorer's record of each encoded row, in the rows' order, on every rank.
 
     The ranks take turns with the batches, which are the same however many there are. `name` is the
     point of interruption that each batch is.
@@ -57,7 +47,7 @@ def logits_of(
         for start in range(0, len(rows), batch_size)
     ]
     mine = batches[world.rank :: world.size]
-    loader: DataLoader[Any] = DataLoader(rows, batch_sampler=mine, collate_fn=collator)
+    loader: DataLoader[Any] = DataLoader(rows, batch_sampler=mine, collate_fn=scorer.collator)
     own, parts = iter(loader), []
     with torch.inference_mode():
         for _turn in range(math.ceil(len(batches) / world.size)):
@@ -65,12 +55,15 @@ def logits_of(
             stop_together(world)
             batch = next(own, None)
             if batch is not None:
-                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-                parts.append(model(**inputs).logits.float().cpu().numpy())
+                parts.append(scorer.score(model, moved(batch, device)))
     gathered = world.gather(parts)
-    return numpy.concatenate(
-        [gathered[n % world.size][n // world.size] for n in range(len(batches))]
-    )
+    turns = [gathered[n % world.size][n // world.size] for n in range(len(batches))]
+    return [record for records in turns for record in records]
+
+
+def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def stop_together(world: World) -> None:
@@ -83,18 +76,13 @@ def stop_together(world: World) -> None:
 def evaluate(
     model: PreTrainedModel,
     rows: Dataset,
-    collator: Collator,
+    scorer: Scorer,
     batch_size: int,
     device: torch.device,
-    metrics: Sequence[Metric],
-    regression: bool,
     world: World = ALONE,
     name: str = "evaluation",
 ) -> dict[str, float | None]:
     """Loss and metrics of one split; what has no value (nan) is None."""
-    logits = logits_of(model, rows, collator, batch_size, device, world, name)
-    labels = torch.tensor(rows["labels"][:])
-    loss = task_loss(torch.from_numpy(logits), labels).item() / len(labels)
-    scores = measure(metrics, predictions(logits, regression), labels.numpy())
-    values = {"loss": loss, **scores}
+    records = records_of(model, rows, scorer, batch_size, device, world, name)
+    values = scorer.summary(records)
     return {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -29,28 +29,20 @@ def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
     quiet_libraries()
     from forgelm.evaluate import evaluate
     from forgelm.models.load import device_for, load_final
-    from forgelm.tasks.prepare import prepare
-    from forgelm.tasks.rows import load_rows
+    from forgelm.tasks import of_kind
 
-    rows = load_rows(config.task, metadata["revisions"].get("dataset"))
+    kind = config.task.kind
+    rows = of_kind(kind).load_rows(config.task, metadata["revisions"].get("dataset"))
     if rows.fingerprint != metadata["data_fingerprint"]:
         raise ConfigError(
             f"the data of task {config.task.name} changed since {paths.root} was trained; "
             "restore it, or use `forgelm predict` on the new rows"
         )
-    final = load_final(paths.root)
-    task = prepare(config.task, rows, final.tokenizer, None, multiple_of=None)
-    device = device_for(config.training)
+    final = load_final(paths.root, kind)
+    task = of_kind(kind).prepare(config, rows, final.reader, None, multiple_of=None)
+    size, device = config.training.per_device_eval_batch_size, device_for(config.training)
     return {
-        name: evaluate(
-            final.model,
-            split,
-            task.collator,
-            config.training.per_device_eval_batch_size,
-            device,
-            config.task.metrics,
-            task.regression,
-        )
+        name: evaluate(final.model, split, task.scorer, size, device)
         for name, split in task.eval.items()
     }
 
@@ -65,35 +57,18 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
         raise ConfigError(f"--data {data}: must end in one of {', '.join(DATA_SUFFIXES)}")
     config, metadata = _complete(paths)
     quiet_libraries()
-    from forgelm.evaluate import logits_of, predictions
+    from forgelm.evaluate import records_of
     from forgelm.models.load import device_for, load_final
-    from forgelm.tasks.encode import Collator, encode_texts
-    from forgelm.tasks.rows import read_file, text_rows
+    from forgelm.tasks import of_kind
 
-    rows = read_file(data)
-    labels = metadata["labels"]
-    _refuse_taken(data, rows.column_names, labels, output.suffix.lower())
-    final = load_final(paths.root)
-    encoded = encode_texts(
-        text_rows(config.task, data, rows), final.tokenizer, config.task.max_length
-    )
-    logits = logits_of(
-        final.model,
-        encoded,
-        Collator(final.tokenizer),
-        config.training.per_device_eval_batch_size,
-        device_for(config.training),
-    )
-    chosen = predictions(logits, regression=labels is None).tolist()
-    if labels is None:
-        made = [{"prediction": score} for score in chosen]
-    else:
-        scores = _softmax(logits).tolist()
-        made = [
-            {"prediction": labels[best], "score": dict(zip(labels, row, strict=True))}
-            for best, row in zip(chosen, scores, strict=True)
-        ]
-    write_text(output, _formatted(rows.to_list(), made, output.suffix.lower()))
+    kind, labels = of_kind(config.task.kind), metadata["labels"]
+    final = load_final(paths.root, config.task.kind)
+    asked = kind.asked(config, data, final.reader)
+    _refuse_taken(data, list(asked.rows[0]), labels, output.suffix.lower())
+    scorer = kind.scorer(config, labels, final.reader)
+    size, device = config.training.per_device_eval_batch_size, device_for(config.training)
+    made = scorer.answers(records_of(final.model, asked.encoded, scorer, size, device))
+    write_text(output, _formatted(asked.rows, made, output.suffix.lower()))
     return len(made)
 
 
@@ -111,12 +86,6 @@ def _refuse_taken(data: Path, columns: list[str], labels: list[str] | None, suff
     taken = [name for name in ("prediction", *scores) if name in columns]
     if taken:
         raise ConfigError(f"--data {data}: has a column {taken[0]} already; rename it")
-
-
-def _softmax(logits: Any) -> Any:
-    from scipy.special import softmax
-
-    return softmax(logits.astype("float64"), axis=-1)
 
 
 def _formatted(rows: list[dict[str, Any]], made: list[dict[str, Any]], suffix: str) -> str:

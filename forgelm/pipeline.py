@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import logging
 import math
-import shlex
 import shutil
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm import stop
-from forgelm.config.schema import KdConfig, Problem, RunConfig, TeacherKind
+from forgelm.config.schema import RunConfig
 from forgelm.config.validate import uses_teacher
-from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunError, RunInUse, Stopped
+from forgelm.errors import ConfigError, RunError, Stopped
 from forgelm.interrupt import point
-from forgelm.launch import together
-from forgelm.log import log, quiet_libraries, say, set_up, to_file
-from forgelm.resolve import Plan, resolve, sealed_plan, settle
+from forgelm.log import log, quiet_libraries, say
 from forgelm.run.checkpoints import newest_whole, read_progress
 from forgelm.run.files import read_json, readable, write_json, write_text
-from forgelm.run.lifecycle import (
-    Run,
-    end_session,
-    enrol,
-    extend,
-    follower,
-    is_complete,
-    opened,
-    start_session,
-)
-from forgelm.run.paths import RunPaths
-from forgelm.run.registry import unregister
-from forgelm.run.state import Stage, Status
+from forgelm.run.lifecycle import Run, extend, start_session
+from forgelm.run.state import Stage
 from forgelm.world import join
 
 if TYPE_CHECKING:
@@ -45,133 +27,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, TrainingArguments
 
-    from forgelm.modes.sft import FinetuningTrainer
     from forgelm.run.tracking import Tracker
-    from forgelm.tasks.encode import Collator
-    from forgelm.tasks.prepare import TaskData
+    from forgelm.tasks.data import Scorer, TaskData
+    from forgelm.training.trainer import Exact
 
-_WAIT_S = 2.0
 _POINTS = {Stage.evaluation_before: "evaluation_before", Stage.finalize: "finalize"}
-
-
-def start(
-    config: RunConfig, overrides: list[str], in_sweep: bool, teacher_run: RunConfig | None
-) -> int:
-    """Run what was asked for, its teacher first where that is a run of its own.
-
-    Returns EXIT_OK; everything else is raised as a ForgeError.
-    """
-    set_up(config.debug)
-    if stop.requested() is not None:
-        raise Stopped(f"not begun ({stop.requested()}): the same command begins or goes on with it")
-    plan = settle(resolve(config, overrides, in_sweep, teacher_run))
-    if is_complete(plan.paths) and not plan.extends:
-        say(f"{plan.paths.root} is complete; its results are in eval.json")
-        return EXIT_OK
-    with stop.listening():
-        if plan.config.teacher.kind is TeacherKind.run:
-            _make_sure_of_teacher(plan, RunPaths(Path(str(plan.config.teacher.run))))
-        _run(plan)
-    return EXIT_OK
-
-
-def _make_sure_of_teacher(student: Plan, paths: RunPaths) -> None:
-    """Train the teacher's run if nobody has; wait if somebody is at it."""
-    if not is_complete(paths):
-        enrol(student.paths, student.config, student.digest, student.overrides)
-    waiting = False
-    while not is_complete(paths):
-        try:
-            stop.check()
-            plan = sealed_plan(paths.root)
-            say(f"the teacher isn't trained yet: training {paths.root} once, for all runs")
-            _run(plan)
-        except RunInUse as busy:
-            if not waiting:
-                say(f"waiting for the teacher: {busy}")
-            waiting = True
-            stop.check()
-            time.sleep(_WAIT_S)
-        except Stopped as stopped:
-            raise Stopped(
-                f"stopped while training the teacher ({stop.requested()}); to go on with both: "
-                f"forgelm resume {shlex.quote(str(student.paths.root))}"
-            ) from stopped
-
-
-def _run(plan: Plan) -> None:
-    if plan.config.launch.ranks > 1:
-        together(plan, plan.config.launch.ranks, plan.paths.log)
-    else:
-        own(plan)
-
-
-def own(plan: Plan, distributed: bool = False) -> None:
-    """Own the run's directory and work in it; leave the reason of every stop behind."""
-    with (
-        opened(plan.paths, plan.config, plan.digest, plan.overrides) as run,
-        to_file(plan.paths.log),
-    ):
-        try:
-            pipeline(run, distributed)
-        except KeyboardInterrupt:
-            end_session(run, Status.preempted, "Ctrl-C")
-            say(_how_to_go_on(run))
-            raise
-        except Stopped as stopped:
-            end_session(run, Status.preempted, str(stopped))
-            say(f"stopped {stop.since():.1f} s after {stopped}; {_how_to_go_on(run)}")
-            raise Stopped(
-                f"stopped safely ({stopped}) at step {run.state.step}; to go on: forgelm resume "
-                f"{shlex.quote(str(plan.paths.root))}"
-            ) from stopped
-        except ForgeError as error:
-            # A complete run that can't be gone further with is as complete as before.
-            status = Status.complete if run.state.pipeline_complete else Status.failed
-            end_session(run, status, str(error))
-            if isinstance(error, ConfigError) and run.state.stage is Stage.setup:
-                unregister(run.output, run.run_id)
-            _to_log_alone(run)
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                reason = (
-                    f"no space left for {plan.paths.root}; {_how_to_go_on(run)}, once there is some"
-                )
-            if run.world.size > 1 and any(word in reason for word in ("gloo/", "NCCL")):
-                reason = f"another rank of this run ended; {_how_to_go_on(run)}"
-            # On a full disk even this may fail, and must not hide the reason.
-            with contextlib.suppress(OSError):
-                end_session(run, Status.failed, reason)
-                _to_log_alone(run)
-            raise RunError(f"{reason} (the traceback is in {plan.paths.log})") from error
-        end_session(run, Status.complete, "complete")
-
-
-def follow(plan: Plan) -> None:
-    """Work as one of the ranks after the first."""
-    pipeline(follower(plan.config, plan.paths), distributed=True)
-
-
-def _how_to_go_on(run: Run) -> str:
-    kept = run.state.latest_checkpoint or "its start, no checkpoint being written yet"
-    return f"the same command, or forgelm resume {run.paths.root}, goes on from {kept}"
-
-
-def _to_log_alone(run: Run) -> None:
-    """The traceback into output.log, and on the screen with debug=true."""
-    if not run.owned:
-        return
-    if run.config.debug:
-        log.error(traceback.format_exc())
-        return
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            record = log.makeRecord(
-                log.name, logging.ERROR, "", 0, traceback.format_exc(), (), None
-            )
-            handler.handle(record)
 
 
 @dataclass
@@ -284,12 +144,12 @@ def prepare_task(run: Run) -> TaskData:
 
 
 def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> TaskData:
-    from forgelm.models.load import load_teacher_tokenizer, load_tokenizer
+    from forgelm.models.load import load_reader, load_teacher_reader
     from forgelm.modes.arguments import use_bf16
-    from forgelm.tasks.prepare import prepare
-    from forgelm.tasks.rows import load_rows
+    from forgelm.tasks import of_kind
 
-    rows = load_rows(config.task, revisions.get("dataset"))
+    kind = config.task.kind
+    rows = of_kind(kind).load_rows(config.task, revisions.get("dataset"))
     point("preparation")
     stop.check()
     known = run.metadata.get("data_fingerprint")
@@ -299,12 +159,12 @@ def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> 
             f"{known[:12]} is now {rows.fingerprint[:12]}): restore it, or give another run_name"
         )
     run.note(data_fingerprint=rows.fingerprint, labels=rows.labels)
-    tokenizer = load_tokenizer(config.model, revisions.get("model"))
-    theirs = None
+    reader, theirs = load_reader(config.model, kind, revisions.get("model")), None
     if uses_teacher(config):
-        theirs = load_teacher_tokenizer(config.teacher, revisions.get("teacher"))
+        theirs = load_teacher_reader(config.teacher, kind, revisions.get("teacher"))
     half = config.training.fp16 or use_bf16(config.training)
-    return prepare(config.task, rows, tokenizer, theirs, multiple_of=8 if half else None)
+    made: TaskData = of_kind(kind).prepare(config, rows, reader, theirs, 8 if half else None)
+    return made
 
 
 def load_models(run: Run, task: TaskData) -> Models:
@@ -312,22 +172,25 @@ def load_models(run: Run, task: TaskData) -> Models:
     from transformers import set_seed
 
     from forgelm.models.load import load_student, load_teacher, teacher_dtype
+    from forgelm.models.tokens import refuse_leak
 
     config, revisions = run.config, run.metadata["revisions"]
-    labels = task.rows.labels
+    kind, labels = config.task.kind, task.rows.labels
     set_seed(config.seed)
-    student = load_student(config.model, revisions.get("model"), task.collator.tokenizer, labels)
+    student = load_student(config.model, kind, revisions.get("model"), task.reader, labels)
+    if config.task.packing:
+        refuse_leak(student)
     if not uses_teacher(config):
         return Models(student, None)
     dtype = teacher_dtype(config.teacher)
-    return Models(student, load_teacher(config.teacher, revisions.get("teacher"), labels, dtype))
+    teacher = load_teacher(config.teacher, kind, revisions.get("teacher"), labels, dtype)
+    return Models(student, teacher)
 
 
-def build_trainer(run: Run, task: TaskData, models: Models) -> FinetuningTrainer:
+def build_trainer(run: Run, task: TaskData, models: Models) -> Exact:
     """The mode's trainer. Callbacks join it when training begins."""
+    from forgelm.modes import builder
     from forgelm.modes.arguments import training_arguments
-    from forgelm.modes.kd import DistillationTrainer
-    from forgelm.modes.sft import FinetuningTrainer
     from forgelm.training.trainer import Safety
 
     config = run.config
@@ -336,7 +199,7 @@ def build_trainer(run: Run, task: TaskData, models: Models) -> FinetuningTrainer
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
         scores = {
-            split: measured(run, model, rows, task.collator, arguments.device)
+            split: measured(run, model, rows, task.scorer, arguments.device)
             for split, rows in task.eval.items()
         }
         return {
@@ -365,9 +228,8 @@ def build_trainer(run: Run, task: TaskData, models: Models) -> FinetuningTrainer
             sealed=sealed,
         ),
     }
-    if isinstance(config.mode, KdConfig):
-        return DistillationTrainer(**parts, mode=config.mode, teacher=models.teacher)
-    return FinetuningTrainer(**parts)
+    made: Exact = builder(config.mode)(config, task, models.teacher, parts)
+    return made
 
 
 def opening_screen(run: Run, task: TaskData, models: Models, arguments: TrainingArguments) -> str:
@@ -395,16 +257,16 @@ def evaluate_before(
     if not run.config.eval.before_training:
         return before
     before = before or {}
-    parts = [("student", models.student, task.eval, task.collator)]
+    parts = [("student", models.student, task.eval, task.scorer)]
     if models.teacher is not None:
-        parts.append(("teacher", models.teacher, task.teacher_eval, task.teacher_collator))
-    for who, model, splits, collator in parts:
+        parts.append(("teacher", models.teacher, task.teacher_eval, task.teacher_scorer))
+    for who, model, splits, scorer in parts:
         for split, rows in splits.items():
             if split in before.get(who, {}):
                 continue
             if run.state.stage is Stage.setup:
                 run.update(stage=Stage.evaluation_before)
-            scores = measured(run, model, rows, collator, device)
+            scores = measured(run, model, rows, scorer, device)
             before = {**before, who: {**before.get(who, {}), split: scores}}
             keep_evaluations(run, before=before)
     return before
@@ -429,20 +291,17 @@ def keep_evaluations(run: Run, **parts: Any) -> None:
 
 
 def measured(
-    run: Run, model: PreTrainedModel, rows: Dataset, collator: Collator, device: torch.device
+    run: Run, model: PreTrainedModel, rows: Dataset, scorer: Scorer, device: torch.device
 ) -> dict[str, float | None]:
     """A model on one of the run's evaluation splits, by all ranks together."""
     from forgelm.evaluate import evaluate
 
-    task, training = run.config.task, run.config.training
     return evaluate(
         model,
         rows,
-        collator,
-        training.per_device_eval_batch_size,
+        scorer,
+        run.config.training.per_device_eval_batch_size,
         device,
-        task.metrics,
-        regression=task.problem is Problem.regression,
         world=run.world,
         name=_POINTS.get(run.state.stage, "evaluation"),
     )
@@ -451,7 +310,7 @@ def measured(
 def evaluations(config: RunConfig, before: Any, after: Any, peaks: Any) -> dict[str, Any]:
     """What `eval.json` holds."""
     return {
-        "metric": config.task.metrics[0].name,
+        "metric": config.task.metrics[0],
         "greater_is_better": config.task.greater_is_better,
         "before": before,
         "after": after,
@@ -462,7 +321,7 @@ def evaluations(config: RunConfig, before: Any, after: Any, peaks: Any) -> dict[
 def train(
     run: Run,
     task: TaskData,
-    trainer: FinetuningTrainer,
+    trainer: Exact,
     tracker: Tracker,
     before: dict[str, Any] | None,
 ) -> None:
@@ -534,7 +393,7 @@ def total_steps(config: RunConfig, task: TaskData) -> int:
 def finalize(
     run: Run,
     task: TaskData,
-    trainer: FinetuningTrainer,
+    trainer: Exact,
     tracker: Tracker,
     before: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -556,7 +415,7 @@ def finalize(
     after = (known_evaluations(run)["after"] or {}).get("student", {})
     for split, rows in task.eval.items():
         if split not in after:
-            scores = measured(run, model, rows, task.collator, trainer.args.device)
+            scores = measured(run, model, rows, task.scorer, trainer.args.device)
             after = {**after, split: scores}
             keep_evaluations(run, after={"student": after})
     stop_here(run)
@@ -575,7 +434,7 @@ def save_final(run: Run, model: PreTrainedModel, task: TaskData) -> None:
     beside = Path(tempfile.mkdtemp(dir=run.paths.root, prefix=".final-"))
     try:
         model.save_pretrained(beside)
-        task.collator.tokenizer.save_pretrained(beside)
+        task.reader.save_pretrained(beside)
         for file in sorted(beside.iterdir()):
             readable(file)
             point("finalize")

@@ -7,12 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forgelm.config.schema import KdConfig, RunConfig, TeacherKind
+from forgelm.config.schema import (
+    DistillationLoss,
+    KdConfig,
+    Kind,
+    Problem,
+    RlConfig,
+    RunConfig,
+    TeacherKind,
+)
 from forgelm.config.validate import uses_teacher
 from forgelm.drill import Outcome
-from forgelm.tasks.prepare import TaskData
+from forgelm.tasks.data import TaskData
 
 _RULE = "-" * 72
+_DIVERGENCES = {
+    DistillationLoss.kl: "KL(teacher || student)",
+    DistillationLoss.reverse_kl: "KL(student || teacher)",
+    DistillationLoss.jsd: "JSD(teacher, student)",
+}
 
 
 def parameters(model: Any) -> int:
@@ -31,13 +44,12 @@ def opening(
 ) -> str:
     """The screen before training: what will run, how long, where it writes."""
     held_out = ", ".join(f"{name} {len(rows):,}" for name, rows in task.eval.items())
-    labels = "scores" if task.rows.labels is None else f"{len(task.rows.labels)} labels"
     train = "a stream" if config.task.streaming else f"{len(task.train):,}"
     training = config.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     batch *= config.launch.ranks
     lines = {
-        "task": f"{config.task.name}: train {train}, {held_out}; {labels}",
+        "task": f"{config.task.name}: train {train}, {held_out}; {_wanted(config, task)}",
         "student": f"{_source(config.model.path, 'tiny')}, {parameters(student):,} parameters",
         "teacher": "none"
         if teacher is None
@@ -65,7 +77,7 @@ def _promise(config: RunConfig, device: str) -> str:
 
 def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str) -> str:
     """The table after training: before, after, teacher, share of the gap closed; what's next."""
-    metric = config.task.metrics[0].name
+    metric = config.task.metrics[0]
     rows: list[tuple[str, ...]] = [("", "before", "after", "teacher", "gap closed")]
     after = results["after"]["student"]
     before, teacher = (
@@ -146,15 +158,27 @@ def _gap(before: float | None, after: float | None, teacher: float | None) -> st
 
 
 def _loss(config: RunConfig) -> str:
-    task = "cross-entropy" if config.task.problem.name == "classification" else "squared error"
-    if not isinstance(config.mode, KdConfig) or not uses_teacher(config):
-        return task
     mode = config.mode
-    kl = mode.loss.name == "kl" or (mode.loss.name == "auto" and task == "cross-entropy")
-    part = (
-        f"T^2 KL(teacher || student), T = {mode.temperature:g}" if kl else "squared error of logits"
-    )
+    if isinstance(mode, RlConfig):
+        return f"GRPO ({mode.loss_type}) on {', '.join(mode.rewards)}"
+    task = "cross-entropy" if config.task.problem is Problem.classification else "squared error"
+    if not isinstance(mode, KdConfig) or not uses_teacher(config):
+        return task
+    loss = mode.loss
+    if loss is DistillationLoss.auto:
+        loss = DistillationLoss.kl if task == "cross-entropy" else DistillationLoss.mse
+    if loss is DistillationLoss.mse:
+        part = "squared error of logits"
+    else:
+        part = f"T^2 {_DIVERGENCES[loss]}, T = {mode.temperature:g}"
     return f"{1 - mode.alpha:g} {task} + {mode.alpha:g} {part}"
+
+
+def _wanted(config: RunConfig, task: TaskData) -> str:
+    """What the model is to give for a row."""
+    if config.task.kind is not Kind.text_classification:
+        return "text"
+    return "scores" if task.rows.labels is None else f"{len(task.rows.labels)} labels"
 
 
 def _source(path: str | None, otherwise: str) -> str:

@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     if config.resume is not None:
         raise ConfigError(f"resume={config.resume}: drill makes runs of its own; leave it out")
     from forgelm.drill import cases, drill, small, small_teacher, workplace
-    from forgelm.pipeline import start
     from forgelm.report import drill_row, drill_rows, table
+    from forgelm.start import start
 
     with workplace(Path(config.output_root)) as folder:
         teacher = small_teacher(teacher_run(config, request.compose), folder)

@@ -13,7 +13,7 @@ from forgelm import stop
 from forgelm.cli.main import complain
 from forgelm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRAINING_ERROR, ForgeError
 from forgelm.log import set_up
-from forgelm.pipeline import follow, own
+from forgelm.start import follow, own
 
 
 def main() -> int:

@@ -73,7 +73,7 @@ def _each(runs: Sequence[str], overrides: Sequence[str], skip_busy: bool = False
 def _one(run: str, overrides: Sequence[str], skip_busy: bool) -> int:
     from forgelm.config.compose import Request
     from forgelm.config.request import check_request
-    from forgelm.pipeline import start
+    from forgelm.start import start
 
     try:
         (point,) = check_request(Request(tuple(overrides)))

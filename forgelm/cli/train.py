@@ -35,7 +35,7 @@ _codes: list[int] = []
 @hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)
 def job(composed: DictConfig) -> int:
     """One run, as Hydra starts it, alone or as a point of a sweep; returns its exit code."""
-    from forgelm.pipeline import start
+    from forgelm.start import start
 
     settings = HydraConfig.get()
     config = to_typed(composed)

@@ -20,7 +20,8 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from forgelm.config.schema import MODES, RunConfig
+from forgelm.config.modes import modes
+from forgelm.config.schema import RunConfig
 
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
@@ -38,7 +39,7 @@ def register_schema() -> None:
     """Make the dataclasses known to Hydra, under names that no group offers as a choice."""
     store = ConfigStore.instance()
     store.store("_run", RunConfig)
-    for name, node in MODES.items():
+    for name, node in modes().items():
         store.store(f"_mode_{name}", node)
 
 
@@ -93,6 +94,6 @@ def to_typed(config: DictConfig) -> RunConfig:
     with open_dict(config):
         config.pop("hydra", None)
         mode = config.mode
-        if OmegaConf.get_type(mode) is dict and mode.get("name") in MODES:
-            config.mode = OmegaConf.merge(MODES[mode.name], mode)
+        if OmegaConf.get_type(mode) is dict and mode.get("name") in modes():
+            config.mode = OmegaConf.merge(modes()[mode.name], mode)
     return cast(RunConfig, OmegaConf.to_object(config))

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from forgelm.config.compose import Request
 from forgelm.config.keys import all_keys, expected, nearest, schema_tree
-from forgelm.config.schema import MODES
+from forgelm.config.modes import modes
 from forgelm.config.validate import token_in
 from forgelm.redact import has_token, redact
 
@@ -251,7 +251,7 @@ def _try_value(text: str, key: str, value: Any, config: DictConfig) -> str | Non
     keys = all_keys(config)
     if key not in keys:
         section, _, name = key.partition(".")
-        owners = [mode for mode, node in MODES.items() if name in vars(node())]
+        owners = [mode for mode, node in modes().items() if name in vars(node())]
         if section == "mode" and owners:
             return f"{text}: {key} is a key of mode={' and mode='.join(owners)}"
         return f"{text}: no such key{nearest(key, keys)}"

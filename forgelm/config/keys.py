@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, EnumNode, OmegaConf
 
-from forgelm.config.schema import MODES, RunConfig
+from forgelm.config.modes import modes
+from forgelm.config.schema import RunConfig
 
 _KNOWN_AS = {
     "lr": "training.learning_rate",
@@ -55,7 +56,7 @@ def expected(config: DictConfig, key: str) -> str:
 def schema_tree() -> DictConfig:
     """All keys there are, whatever the mode."""
     tree = OmegaConf.structured(RunConfig)
-    tree.mode = OmegaConf.merge(*(dict(vars(node())) for node in MODES.values()))
+    tree.mode = OmegaConf.merge(*(dict(vars(node())) for node in modes().values()))
     assert isinstance(tree, DictConfig)
     return tree
 
@@ -82,7 +83,7 @@ def nearest(key: str, keys: Sequence[str]) -> str:
         keys = [name for name in keys if name not in sections]
     same_last = [name for name in keys if name.rpartition(".")[2] == last]
     known = _KNOWN_AS.get(last)
-    near = same_last[0] if same_last else known
+    near = same_last[0] if same_last and (known is None or "." in key) else known
     if near not in keys:
         close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
         if not close:

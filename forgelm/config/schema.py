@@ -23,14 +23,13 @@ class Problem(NamedEnum):
     regression = "regression"
 
 
-class Metric(NamedEnum):
-    accuracy = "accuracy"
-    f1 = "f1"
-    f1_macro = "f1_macro"
-    matthews_correlation = "matthews_correlation"
-    pearson = "pearson"
-    spearmanr = "spearmanr"
-    mse = "mse"
+class Kind(NamedEnum):
+    """What a row is and what a model makes of it."""
+
+    text_classification = "text_classification"
+    causal_lm = "causal_lm"
+    seq2seq = "seq2seq"
+    image_to_text = "image_to_text"
 
 
 class TeacherKind(NamedEnum):
@@ -47,9 +46,23 @@ class TeacherDtype(NamedEnum):
     float16 = "float16"
 
 
+class Dtype(NamedEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class LoraBias(NamedEnum):
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
+
+
 class DistillationLoss(NamedEnum):
     auto = "auto"
     kl = "kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
     mse = "mse"
 
 
@@ -90,6 +103,30 @@ class SaveInterval(NamedEnum):
     auto = "auto"
 
 
+class GrpoLoss(NamedEnum):
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+    dapo = "dapo"
+    bnpo = "bnpo"
+    cispo = "cispo"
+
+
+class RewardScale(NamedEnum):
+    group = "group"
+    batch = "batch"
+    none = "none"
+
+
+class ImportanceLevel(NamedEnum):
+    token = "token"
+    sequence = "sequence"
+
+
+class VllmMode(NamedEnum):
+    server = "server"
+    colocate = "colocate"
+
+
 class WandbMode(NamedEnum):
     online = "online"
     offline = "offline"
@@ -116,13 +153,12 @@ def option(
 
 @dataclass
 class TaskConfig:
-    """Text classification or regression on sentences or pairs of sentences.
-
-    The rows come from exactly one of `embedded`, `dataset`, `train_file`.
-    """
+    """What is learnt: rows, from exactly one of `embedded`, `dataset`, `train_file`."""
 
     name: str = MISSING
     """First folder below `output_root`."""
+    kind: Kind = Kind.text_classification
+    """Labels for texts; text that goes on (causal_lm) or answers (seq2seq); text in images."""
     embedded: str | None = None
     """Name of a task whose data forgelm makes itself."""
     dataset: str | None = None
@@ -137,13 +173,36 @@ class TaskConfig:
     validation_splits: list[str] = field(default_factory=lambda: ["validation"])
     """Evaluated in this order; the first one decides which checkpoint is the best."""
     text_column: str = "text"
+    """A text to classify, a plain text to learn, or the text in an image."""
     text_pair_column: str | None = None
     label_column: str = "label"
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    messages_column: str | None = None
+    """For causal_lm, what a row holds: a prompt and its completion, or chat messages (a list of
+    `{role, content}`), else a text. All null: by the columns that are there, under the names
+    messages, prompt and completion, text."""
+    as_chat: bool = False
+    """Put prompt and completion into the model's chat template, as a user's and its answer."""
+    system_prompt: str | None = None
+    """First message of each chat that has no system message of its own."""
+    packing: bool = False
+    """Put several rows into one sequence of max_length tokens, none of which sees the others."""
+    max_new_tokens: int = option(64, min=1)
+    """Tokens generated at most where an evaluation needs the model's answer."""
+    answer_pattern: str | None = None
+    """Regular expression that finds the answer in a text, its first group if it has one; the last
+    match counts. Null: all of the text."""
+    image_column: str = "image"
+    instruction: str = "Read the text in the image."
+    """What the user's turn says beside the image, for models that chat."""
+    augmentation: float = option(0.0, min=0, max=1)
+    """Strength of the random distortion of training images, drawn anew in each epoch."""
     problem: Problem = Problem.classification
     labels: list[str] | None = None
     """Label names in the order of their numbers. Null: as the data set declares them, else the
     distinct values found in the training rows, sorted."""
-    metrics: list[Metric] = field(default_factory=lambda: [Metric.accuracy])
+    metrics: list[str] = field(default_factory=lambda: ["accuracy"])
     """The first is the task's own: it picks the best checkpoint and closes the gap."""
     greater_is_better: bool = True
     """Of the first metric."""
@@ -166,7 +225,7 @@ class TaskConfig:
 
 @dataclass
 class TinyConfig:
-    """A small BERT with fresh weights, built when `model.path` is null."""
+    """A small model of the task's kind with fresh weights, built when `model.path` is null."""
 
     hidden_size: int = option(64, min=1)
     num_hidden_layers: int = option(2, min=1)
@@ -178,15 +237,40 @@ class TinyConfig:
 
 
 @dataclass
+class LoraSection:
+    """Low-rank adapters: names and meanings are those of peft's LoraConfig."""
+
+    enabled: bool = False
+    r: int = option(16, min=1)
+    lora_alpha: int = option(32, min=1)
+    lora_dropout: float = option(0.0, min=0, below=1)
+    target_modules: list[str] | None = None
+    """Null: peft's choice for the architecture, else every linear layer but the head."""
+    modules_to_save: list[str] | None = None
+    bias: LoraBias = LoraBias.none
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+@dataclass
 class ModelConfig:
     """The student."""
 
     name: str = MISSING
     """Second folder below `output_root`."""
     path: str | None = MISSING
-    """Hub id or local folder; null builds `tiny`."""
+    """Hub id, local folder or run directory, an adapter's too; null builds `tiny`."""
     revision: str = "main"
+    base: str | None = None
+    """For an adapter: where its base is, if not where the adapter says."""
+    suits: list[Kind] | None = None
+    """Kinds of task that the model can be used for; null: not known."""
     trust_remote_code: bool = False
+    dtype: Dtype = Dtype.float32
+    """Of the weights. What is trained should be float32; a frozen base need not."""
+    load_in_4bit: bool = False
+    """The frozen base in 4 bits (NF4), for adapters; needs CUDA and the extra `quant`."""
+    lora: LoraSection = field(default_factory=LoraSection)
     tiny: TinyConfig = field(default_factory=TinyConfig)
 
 
@@ -217,14 +301,52 @@ class SftConfig:
 
 @dataclass
 class KdConfig:
-    """`(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`, Hinton et al. 2015."""
+    """`(1 - alpha) * CE + alpha * T^2 * divergence(teacher, student)`, Hinton et al. 2015."""
 
     name: str = "kd"
     alpha: float = option(0.9, min=0, max=1)
     """Weight of the teacher; the labels get the rest, a small part as Hinton et al. advise."""
     temperature: float = option(1.0, above=0)
     loss: DistillationLoss = DistillationLoss.auto
-    """auto: kl for classification, mse on the raw outputs for regression."""
+    """auto: kl where there are probabilities, mse on the raw outputs for regression."""
+    beta: float = option(0.5, above=0, below=1)
+    """For jsd: the teacher's part of the mixture that both are compared with."""
+
+
+@dataclass
+class RlConfig:
+    """GRPO on the task's prompts. Names and meanings are those of trl's GRPOConfig."""
+
+    name: str = "rl"
+    rewards: list[str] = field(default_factory=lambda: ["exact_match"])
+    reward_weights: list[float] | None = None
+    format_pattern: str | None = None
+    """For the reward `format`: what a completion must match from its start to its end."""
+    length_target: int = option(64, min=1)
+    """For the reward `length`: tokens of a completion that cost nothing."""
+    num_generations: int = option(8, min=2)
+    max_completion_length: int = option(64, min=1)
+    temperature: float = option(1.0, above=0)
+    top_p: float = option(1.0, above=0, max=1)
+    top_k: int = option(0, min=0)
+    min_p: float | None = option(None, min=0, max=1)
+    repetition_penalty: float = option(1.0, above=0)
+    beta: float = option(0.0, min=0)
+    """Weight of the KL to the model as it starts; 0 needs no copy of it."""
+    num_iterations: int = option(1, min=1)
+    steps_per_generation: int | None = option(None, min=1)
+    epsilon: float = option(0.2, above=0)
+    epsilon_high: float | None = option(None, above=0)
+    delta: float | None = option(None, above=0)
+    loss_type: GrpoLoss = GrpoLoss.dapo
+    scale_rewards: RewardScale = RewardScale.group
+    importance_sampling_level: ImportanceLevel = ImportanceLevel.token
+    mask_truncated_completions: bool = False
+    use_vllm: bool = False
+    vllm_mode: VllmMode = VllmMode.colocate
+    vllm_gpu_memory_utilization: float = option(0.3, above=0, max=1)
+    samples_per_log: int = option(4, min=0, decides=False)
+    """Completions kept in `samples.jsonl` at each logged step."""
 
 
 @dataclass
@@ -282,9 +404,23 @@ class TrainingConfig:
 
 
 @dataclass
+class LmEvalConfig:
+    """Tasks of the lm-evaluation-harness, on the student before and after training."""
+
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    """Folder with own task definitions."""
+    limit: float | None = option(None, above=0)
+    """Examples of each task; below 1 a share of them."""
+    num_fewshot: int | None = option(None, min=0)
+    batch_size: int = option(8, min=1)
+
+
+@dataclass
 class EvalConfig:
     before_training: bool = option(True, decides=False)
     """Evaluate the student as it starts, and the teacher."""
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 
 
 @dataclass
@@ -317,7 +453,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mode: Any = MISSING
-    """SftConfig or KdConfig."""
+    """SftConfig, KdConfig, RlConfig, or another package's."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig, metadata={"decides": False})
@@ -335,4 +471,4 @@ class RunConfig:
     """Show tracebacks and debug messages."""
 
 
-MODES: dict[str, type] = {"sft": SftConfig, "kd": KdConfig}
+MODES: dict[str, type] = {"sft": SftConfig, "kd": KdConfig, "rl": RlConfig}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from forgelm import plugins
+from forgelm.config.metrics import BUILT_IN, answers, fitting
+from forgelm.config.modes import modes
 from forgelm.config.schema import (
-    MODES,
     DistillationLoss,
     Interval,
     KdConfig,
-    Metric,
+    Kind,
     Problem,
+    RlConfig,
     RunConfig,
     Sampling,
     SaveInterval,
@@ -28,7 +32,11 @@ from forgelm.redact import has_token
 
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
-_REGRESSION_METRICS = frozenset({Metric.pearson, Metric.spearmanr, Metric.mse})
+EMBEDDED = {
+    "nli_mini": Kind.text_classification,
+    "arithmetic": Kind.causal_lm,
+    "ocr_digits": Kind.image_to_text,
+}
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -45,7 +53,16 @@ def check(config: RunConfig) -> list[str]:
     """Every problem of a typed config, one line each; an empty list when it can be run."""
     values = list(leaves(config))
     problems = [problem for key, value, bounds in values for problem in _value(key, value, bounds)]
-    for rule in (_names, _task_source, _folders, _task_metrics, _teacher, _mode, _training):
+    for rule in (
+        _names,
+        _task_source,
+        _task_kind,
+        _folders,
+        _task_metrics,
+        _teacher,
+        _mode,
+        _training,
+    ):
         problems += rule(config)
     return problems
 
@@ -124,8 +141,12 @@ def _task_source(config: RunConfig) -> Iterator[str]:
         )
     elif len(given) > 1:
         yield f"{' and '.join(given)}: a task has one source; keep one of them"
-    if task.embedded is not None and task.embedded != "nli_mini":
-        yield f"task.embedded={task.embedded}: the embedded data is nli_mini"
+    embedded = [*EMBEDDED, *plugins.names(plugins.TASKS)]
+    if task.embedded is not None and task.embedded not in embedded:
+        yield (
+            f"task.embedded={task.embedded}: no such embedded data; there are "
+            f"{', '.join(embedded)}{_near(task.embedded, embedded)}"
+        )
     if task.train_file and not task.validation_file:
         yield (
             f"task.train_file={task.train_file} has no task.validation_file beside it: "
@@ -167,6 +188,60 @@ def _task_source(config: RunConfig) -> Iterator[str]:
         yield f"task.validation_splits={task.validation_splits}: names a split twice"
 
 
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# Keys that only some kinds of task read.
+_READ_BY = {
+    "problem": (Kind.text_classification,),
+    "labels": (Kind.text_classification,),
+    "text_pair_column": (Kind.text_classification,),
+    "streaming": (Kind.text_classification,),
+    "token_dropout": (Kind.text_classification,),
+    "prompt_column": (Kind.causal_lm, Kind.seq2seq),
+    "completion_column": (Kind.causal_lm, Kind.seq2seq),
+    "messages_column": (Kind.causal_lm,),
+    "as_chat": (Kind.causal_lm,),
+    "system_prompt": (Kind.causal_lm,),
+    "packing": (Kind.causal_lm,),
+    "augmentation": (Kind.image_to_text,),
+}
+
+
+def _task_kind(config: RunConfig) -> Iterator[str]:
+    task, suits = config.task, config.model.suits
+    known = {item.name: item.default for item in fields(task)}
+    for key, kinds in _READ_BY.items():
+        value = getattr(task, key)
+        if task.kind not in kinds and value != known[key]:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield f"task.{key}={shown} is only read with task.kind={' or '.join(kinds)}"
+    if task.embedded in EMBEDDED and task.kind is not EMBEDDED[task.embedded]:
+        yield f"task.kind={task.kind}: {task.embedded} is of task.kind={EMBEDDED[task.embedded]}"
+    if suits is not None and task.kind not in suits:
+        yield (
+            f"model={config.model.name} is for {', '.join(suits)}, and task {task.name} is of "
+            f"task.kind={task.kind}; choose another model"
+        )
+    if task.messages_column is not None and (task.prompt_column or task.completion_column):
+        yield (
+            f"task.messages_column={task.messages_column} with task.prompt_column or "
+            "task.completion_column: rows hold messages, or a prompt and a completion; keep one"
+        )
+    if task.answer_pattern is not None:
+        try:
+            re.compile(task.answer_pattern)
+        except re.error as error:
+            yield f"task.answer_pattern={task.answer_pattern!r}: not a regular expression: {error}"
+        if not answers(task):
+            yield (
+                f"task.answer_pattern={task.answer_pattern!r} is only read for a metric that "
+                "compares answers, such as exact_match"
+            )
+
+
 def _folders(config: RunConfig) -> Iterator[str]:
     """Paths that can only be folders here, not hub ids."""
     paths = {
@@ -191,14 +266,23 @@ def _task_metrics(config: RunConfig) -> Iterator[str]:
         yield "task.metrics=[]: name at least one, as in task.metrics=[accuracy]"
         return
     regression = task.problem is Problem.regression
+    fit = fitting(task)
     for metric in task.metrics:
-        if regression != (metric in _REGRESSION_METRICS):
-            fitting = [m.name for m in Metric if (m in _REGRESSION_METRICS) == regression]
-            yield (
-                f"task.metrics: {metric} doesn't fit task.problem={task.problem}; "
-                f"use {', '.join(fitting)}"
-            )
-    rises = task.metrics[0] is not Metric.mse
+        if metric in fit:
+            continue
+        if metric not in BUILT_IN:
+            near = _near(metric, fit)
+            yield f"task.metrics: {metric}: no such metric; use {', '.join(fit)}{near}"
+            continue
+        owner = (
+            f"task.problem={task.problem}"
+            if task.kind is Kind.text_classification
+            else f"task.kind={task.kind}"
+        )
+        yield f"task.metrics: {metric} doesn't fit {owner}; use {', '.join(fit)}"
+    known = BUILT_IN.get(task.metrics[0])
+    # Another package's metric may go either way.
+    rises = task.greater_is_better if known is None else known.rises
     if len(set(task.metrics)) < len(task.metrics):
         yield f"task.metrics=[{','.join(task.metrics)}]: names a metric twice"
     if task.greater_is_better != rises:
@@ -251,20 +335,25 @@ def _teacher(config: RunConfig) -> Iterator[str]:
 
 
 def _mode(config: RunConfig) -> Iterator[str]:
-    mode, problem = config.mode, config.task.problem
-    if type(mode) is not MODES.get(getattr(mode, "name", "")):
+    mode, problem, kind = config.mode, config.task.problem, config.task.kind
+    if type(mode) is not modes().get(getattr(mode, "name", "")):
         yield (
             f"mode.name={getattr(mode, 'name', mode)}: the name belongs to the mode; choose one "
-            f"with mode={' or mode='.join(MODES)}"
+            f"with mode={' or mode='.join(modes())}"
         )
     if (
         isinstance(mode, KdConfig)
         and problem is Problem.regression
-        and mode.loss is DistillationLoss.kl
+        and mode.loss not in (DistillationLoss.auto, DistillationLoss.mse)
     ):
         yield (
-            "mode.loss=kl with task.problem=regression: KL compares class probabilities; "
+            f"mode.loss={mode.loss} with task.problem=regression: it compares probabilities; "
             "use mode.loss=mse"
+        )
+    if isinstance(mode, RlConfig) and kind is not Kind.causal_lm:
+        yield (
+            f"mode=rl with task.kind={kind}: rewards are for what a model writes; "
+            "choose a task of task.kind=causal_lm"
         )
 
 

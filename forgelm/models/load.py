@@ -2,100 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm.config.schema import (
+    Kind,
     ModelConfig,
     TeacherConfig,
     TeacherDtype,
-    TinyConfig,
     TrainingConfig,
 )
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
+from forgelm.models import tiny
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-TINY_TOKENIZER = Path(__file__).parent / "tiny" / "tokenizer.json"
-_TINY_POSITIONS = 512
+_AUTO = {
+    Kind.text_classification: "AutoModelForSequenceClassification",
+    Kind.causal_lm: "AutoModelForCausalLM",
+    Kind.seq2seq: "AutoModelForSeq2SeqLM",
+    Kind.image_to_text: "AutoModelForImageTextToText",
+}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and the tokenizer that feeds it."""
+    """A model and the tokenizer or processor that feeds it."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    reader: Any
 
 
-def load_tokenizer(config: ModelConfig, revision: str | None) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; for `path: null` the one of the tiny models."""
-    from transformers import AutoTokenizer, BertTokenizer
-
+def load_reader(config: ModelConfig, kind: Kind, revision: str | None) -> Any:
+    """The student's tokenizer, or processor for images; for `path: null` the tiny models'."""
     if config.path is None:
-        return BertTokenizer(tokenizer_file=str(TINY_TOKENIZER), model_max_length=_TINY_POSITIONS)
-    with _explained(f"model {config.path}"):
-        return AutoTokenizer.from_pretrained(
-            config.path, revision=revision, trust_remote_code=config.trust_remote_code
-        )
+        return tiny.reader(kind)
+    with explained_model(f"model {config.path}"):
+        return _reader(kind, config.path, revision, config.trust_remote_code)
 
 
-def load_teacher_tokenizer(config: TeacherConfig, revision: str | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
+def load_teacher_reader(config: TeacherConfig, kind: Kind, revision: str | None) -> Any:
+    """The teacher's tokenizer or processor."""
     path = str(config.path or config.run)
-    with _explained(f"teacher {path}"):
-        return AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=config.trust_remote_code
-        )
+    with explained_model(f"teacher {path}"):
+        return _reader(kind, path, revision, config.trust_remote_code)
+
+
+def _reader(kind: Kind, path: str | Path, revision: str | None, remote_code: bool) -> Any:
+    from transformers import AutoProcessor, AutoTokenizer
+
+    auto = AutoProcessor if kind is Kind.image_to_text else AutoTokenizer
+    made = auto.from_pretrained(path, revision=revision, trust_remote_code=remote_code)
+    tokenizer = getattr(made, "tokenizer", made)
+    if kind is not Kind.text_classification and tokenizer.pad_token_id is None:
+        # Many models that write were trained without padding; what it is filled with isn't learnt.
+        tokenizer.pad_token = tokenizer.eos_token
+    return made
 
 
 def load_student(
-    config: ModelConfig,
-    revision: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str] | None,
+    config: ModelConfig, kind: Kind, revision: str | None, reader: Any, labels: Sequence[str] | None
 ) -> PreTrainedModel:
-    """The student with a head for `labels` (None: one regression output), weights in float32.
+    """The student, its weights in `model.dtype`.
 
-    Weights that the checkpoint lacks come from torch's generator: seed it first.
+    For classification it has a head for `labels` (None: one regression output). Weights that the
+    checkpoint lacks come from torch's generator: seed it first.
+
+    Raises:
+        ConfigError: the checkpoint lacks weights of a model that writes.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
-    head = _head(labels)
+    head = _head(labels) if kind is Kind.text_classification else {}
     if config.path is None:
-        return BertForSequenceClassification(_tiny(config.tiny, len(tokenizer), head))
-    with _explained(f"model {config.path}"):
-        return AutoModelForSequenceClassification.from_pretrained(
+        return tiny.model(kind, config.tiny, reader, head)
+    with explained_model(f"model {config.path}"):
+        model, loading = _auto(kind).from_pretrained(
             config.path,
             revision=revision,
             trust_remote_code=config.trust_remote_code,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
+            dtype=getattr(torch, config.dtype.name),
+            ignore_mismatched_sizes=bool(head),
+            output_loading_info=True,
             **head,
         )
+    if kind is not Kind.text_classification and loading["missing_keys"]:
+        raise ConfigError(
+            f"model {config.path}: its checkpoint lacks {_few(loading['missing_keys'])}, so it "
+            f"can't write; choose a model for task.kind={kind}"
+        )
+    return model
 
 
 def load_teacher(
-    config: TeacherConfig, revision: str | None, labels: Sequence[str] | None, dtype: torch.dtype
+    config: TeacherConfig,
+    kind: Kind,
+    revision: str | None,
+    labels: Sequence[str] | None,
+    dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The teacher in eval mode, without gradients, its outputs in the order of the task's labels.
 
     Raises:
-        ConfigError: the labels can't be matched.
+        ConfigError: weights are missing, or the labels can't be matched.
     """
-    from transformers import AutoModelForSequenceClassification
-
     path = str(config.path or config.run)
-    with _explained(f"teacher {path}"):
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+    with explained_model(f"teacher {path}"):
+        model, loading = _auto(kind).from_pretrained(
             path,
             dtype=dtype,
             revision=revision,
@@ -103,28 +122,38 @@ def load_teacher(
             output_loading_info=True,
         )
     if loading["missing_keys"]:
-        lacking = ", ".join(sorted(loading["missing_keys"])[:3])
+        aim = "to classify" if kind is Kind.text_classification else "to write"
         raise ConfigError(
-            f"teacher {path}: its checkpoint lacks {lacking}, "
-            "so it was never trained to classify; choose a teacher of this task"
+            f"teacher {path}: its checkpoint lacks {_few(loading['missing_keys'])}, "
+            f"so it was never trained {aim}; choose a teacher of this task"
         )
-    order = match_labels(path, model.config, labels)
-    if order is not None:
-        model.register_forward_hook(_reordered(order))
+    if kind is Kind.text_classification:
+        order = match_labels(path, model.config, labels)
+        if order is not None:
+            model.register_forward_hook(_reordered(order))
     model.eval()
     model.requires_grad_(False)
     return model
 
 
-def load_final(folder: Path) -> Loaded:
-    """The model and tokenizer that a run left in its directory."""
+def load_final(folder: Path, kind: Kind) -> Loaded:
+    """The model, and what feeds it, that a run left in its directory."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with _explained(f"run {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    return Loaded(model, tokenizer)
+    with explained_model(f"run {folder}"):
+        reader = _reader(kind, folder, None, False)
+        model = _auto(kind).from_pretrained(folder, dtype=torch.float32)
+    return Loaded(model, reader)
+
+
+def _auto(kind: Kind) -> Any:
+    import transformers
+
+    return getattr(transformers, _AUTO[kind])
+
+
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:3])
 
 
 def teacher_dtype(config: TeacherConfig) -> torch.dtype:
@@ -206,25 +235,8 @@ def _head(labels: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def _tiny(tiny: TinyConfig, vocabulary: int, head: dict[str, Any]) -> Any:
-    from transformers import BertConfig
-
-    return BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=tiny.hidden_size,
-        num_hidden_layers=tiny.num_hidden_layers,
-        num_attention_heads=tiny.num_attention_heads,
-        intermediate_size=tiny.intermediate_size,
-        hidden_dropout_prob=tiny.dropout,
-        attention_probs_dropout_prob=tiny.dropout,
-        initializer_range=tiny.initializer_range,
-        max_position_embeddings=_TINY_POSITIONS,
-        **head,
-    )
-
-
 @contextmanager
-def _explained(thing: str) -> Iterator[None]:
+def explained_model(thing: str) -> Iterator[None]:
     """One line about `thing` for what transformers raises when it can't use it."""
     from safetensors import SafetensorError
 

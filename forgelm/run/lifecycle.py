@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from forgelm import stop
 from forgelm.config.compose import to_typed
 from forgelm.config.identity import config_hash
-from forgelm.config.schema import MODES, RunConfig
+from forgelm.config.modes import modes
+from forgelm.config.schema import RunConfig
 from forgelm.errors import ConfigError
 from forgelm.run.checkpoints import sweep_leftovers
 from forgelm.run.files import read_json, write_json, write_text
@@ -93,7 +94,7 @@ def load_sealed(folder: Path) -> RunConfig:
     try:
         loaded = OmegaConf.load(path)
         tree = OmegaConf.structured(RunConfig)
-        tree.mode = OmegaConf.structured(MODES[loaded.mode.name])
+        tree.mode = OmegaConf.structured(modes()[loaded.mode.name])
         merged = OmegaConf.merge(tree, loaded)
     except Exception as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__

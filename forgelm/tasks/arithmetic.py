@@ -13,7 +13,7 @@ _LIMIT = 100
 _VALIDATION = 500
 
 
-def generate(split: str) -> list[dict[str, str]]:
+def rows(split: str) -> list[dict[str, str]]:
     """Return the rows of a split, `prompt` and `completion`, the same in every process.
 
     Raises:

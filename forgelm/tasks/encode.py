@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1
-_CHUNK = 10_000
+_FORMAT = 2
+CHUNK = 10_000
 TEACHER_PREFIX = "teacher_"
 
 
@@ -50,21 +51,26 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
     Sequences are at most `max_length` tokens and not padded.
     """
+
+    def make() -> Dataset:
+        made = encode_texts(rows, tokenizer, max_length)
+        return made.add_column("labels", rows["label"][:])
+
+    return cached(rows, [max_length, tokenizer_fingerprint(tokenizer)], make)
+
+
+def cached(rows: Dataset, settings: list[Any], make: Callable[[], Dataset]) -> Dataset:
+    """What `make` gives for rows and settings (plain data): kept on disk, and used again."""
     from datasets import config, load_from_disk
 
-    key = _key(rows, tokenizer, max_length)
-    place = Path(config.HF_DATASETS_CACHE) / "forgelm" / f"encoded-{key}"
-    if not place.is_dir():
-        made = encode_texts(rows, tokenizer, max_length)
-        _store(made.add_column("labels", rows["label"][:]), place)
-    return load_from_disk(str(place))
-
-
-def _key(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    total = hashlib.sha256(f"{_FORMAT} {max_length} {tokenizer_fingerprint(tokenizer)}".encode())
+    total = hashlib.sha256(json.dumps([_FORMAT, *settings]).encode())
     for name in rows.column_names:
         total.update(json.dumps([name, rows[name][:]]).encode())
-    return total.hexdigest()[:32]
+    key = total.hexdigest()[:32]
+    place = Path(config.HF_DATASETS_CACHE) / "forgelm" / f"encoded-{key}"
+    if not place.is_dir():
+        _store(make(), place)
+    return load_from_disk(str(place))
 
 
 def encode_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -76,9 +82,9 @@ def encode_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
     from datasets import Dataset
 
     made: dict[str, list[Any]] = {}
-    for start in range(0, len(rows), _CHUNK):
+    for start in range(0, len(rows), CHUNK):
         stop.check()
-        part = rows[start : start + _CHUNK]
+        part = rows[start : start + CHUNK]
         for name, values in _tokens(tokenizer, part, max_length).items():
             made.setdefault(name, []).extend(values)
     return Dataset.from_dict(made)

@@ -1,23 +1,38 @@
-"""What is measured, by scikit-learn and scipy."""
+"""What is measured, by scikit-learn, scipy and jiwer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from forgelm.config.schema import Metric
+from forgelm import plugins
+from forgelm.errors import RunError
 
 
-def measure(metrics: Sequence[Metric], predictions: Any, labels: Any) -> dict[str, float]:
-    """Each metric's value. `predictions` and `labels` are [rows]: label numbers, or scores.
+def measure(metrics: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
+    """Each metric's value. Both are arrays [rows] of label numbers or scores, or lists of texts.
 
     A correlation of constant scores has no value and is nan.
+
+    Raises:
+        RunError: another package's metric failed.
     """
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {metric.name: float(_FUNCTIONS[metric](predictions, labels)) for metric in metrics}
+        return {name: _value(name, predictions, references) for name in metrics}
+
+
+def _value(name: str, predictions: Any, references: Any) -> float:
+    if name in _FUNCTIONS:
+        return float(_FUNCTIONS[name](predictions, references))
+    function = plugins.load(plugins.METRICS, name)
+    try:
+        return float(function(predictions, references))
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise RunError(f"the metric {name} failed: {type(error).__name__}: {said}") from error
 
 
 def _accuracy(predictions: Any, labels: Any) -> float:
@@ -55,12 +70,32 @@ def _mse(predictions: Any, labels: Any) -> float:
     return float(((predictions - labels) ** 2).mean())
 
 
-_FUNCTIONS: dict[Metric, Callable[[Any, Any], float]] = {
-    Metric.accuracy: _accuracy,
-    Metric.f1: _f1("binary"),
-    Metric.f1_macro: _f1("macro"),
-    Metric.matthews_correlation: _matthews,
-    Metric.pearson: _pearson,
-    Metric.spearmanr: _spearman,
-    Metric.mse: _mse,
+def _exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    pairs = zip(predictions, references, strict=True)
+    return sum(ours == theirs for ours, theirs in pairs) / len(references)
+
+
+def _cer(predictions: Sequence[str], references: Sequence[str]) -> float:
+    import jiwer
+
+    return float(jiwer.cer(list(references), list(predictions)))
+
+
+def _wer(predictions: Sequence[str], references: Sequence[str]) -> float:
+    import jiwer
+
+    return float(jiwer.wer(list(references), list(predictions)))
+
+
+_FUNCTIONS: dict[str, Callable[[Any, Any], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1("binary"),
+    "f1_macro": _f1("macro"),
+    "matthews_correlation": _matthews,
+    "pearson": _pearson,
+    "spearmanr": _spearman,
+    "mse": _mse,
+    "exact_match": _exact_match,
+    "cer": _cer,
+    "wer": _wer,
 }

@@ -34,7 +34,7 @@ import random
 from collections.abc import Callable
 from functools import cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LABELS: tuple[str, ...] = ("entailment", "neutral", "contradiction")
 SPLITS: tuple[str, ...] = ("train", "validation_matched", "validation_mismatched")
@@ -236,6 +236,19 @@ def generate(split: str) -> list[Pair]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; valid splits: {', '.join(SPLITS)}")
     return list(_generate(split))
+
+
+def rows(split: str) -> list[dict[str, Any]]:
+    """The pairs of a split as `generate` makes them, a dict each."""
+    return [pair._asdict() for pair in generate(split)]
+
+
+def features() -> Any:
+    """The columns' types, the labels' names among them."""
+    from datasets import ClassLabel, Features, Value
+
+    text = Value("string")
+    return Features(premise=text, hypothesis=text, label=ClassLabel(names=list(LABELS)))
 
 
 @cache

@@ -18,14 +18,18 @@ from conftest import Command
 from forgelm import __version__
 from forgelm.config.compose import Request, conf_dir
 from forgelm.config.request import check_request
-from forgelm.config.schema import MODES, KdConfig, Metric, Problem, RunConfig, TeacherKind
+from forgelm.config.schema import MODES, KdConfig, Problem, RunConfig, TeacherKind
 
 SHIPPED = sorted(path.relative_to(conf_dir()) for path in conf_dir().rglob("*.yaml"))
 
+OWN_ROWS = ["task.train_file={rows}", "task.validation_file={rows}"]
 # What a shipped config leaves to its user; {rows} becomes a file of rows.
 LEFT_TO_THE_USER = {
     "model/custom": ["model.path=org/model"],
-    "task/text_classification": ["task.train_file={rows}", "task.validation_file={rows}"],
+    "task/text_classification": OWN_ROWS,
+    "task/causal_lm": OWN_ROWS,
+    "task/seq2seq": OWN_ROWS,
+    "mode/rl": ["task=arithmetic"],
     "teacher/path": ["mode=kd", "teacher.path=org/model"],
     "teacher/run": ["mode=kd", "teacher.run=outputs/some/run"],
 }
@@ -63,6 +67,13 @@ def own(tmp_path: Path) -> Path:
     return folder
 
 
+def recipe_for(name: str) -> tuple[str, str]:
+    """The task and the model that a recipe is for."""
+    models = sorted((path.stem for path in SHIPPED if path.parts[0] == "model"), key=len)
+    model = [model for model in models if name.endswith(f"_{model}")][-1]
+    return name.removesuffix(f"_{model}"), model
+
+
 def only(*overrides: str) -> RunConfig:
     (point,) = check_request(Request(overrides=overrides))
     return point.config
@@ -76,6 +87,14 @@ def test_every_shipped_config_composes_and_is_right(path: Path, tmp_path: Path) 
     group, _, choice = name.rpartition("/") if name.startswith("hydra/") else name.partition("/")
     needed = LEFT_TO_THE_USER.get(f"{group}/{choice}", [])
     overrides = [f"{group}={choice}"] if choice else []
+    if group == "model":
+        content = yaml.safe_load((conf_dir() / path).read_text(encoding="utf-8"))
+        kind = content.get("suits", ["text_classification"])[0]
+        if kind != "text_classification":
+            needed = [f"task={kind}", *LEFT_TO_THE_USER[f"task/{kind}"]]
+    if group == "recipe":
+        task, model = recipe_for(choice)
+        overrides = [f"task={task}", f"model={model}"]
     config = only(*overrides, *(word.format(rows=rows) for word in needed))
     chosen = {
         "task": config.task.name,
@@ -88,7 +107,7 @@ def test_every_shipped_config_composes_and_is_right(path: Path, tmp_path: Path) 
 
 def test_the_groups_are_those_of_the_readme_and_hydras() -> None:
     groups = {path.parts[0] for path in SHIPPED if len(path.parts) > 1}
-    assert groups - {"hydra"} == {"task", "model", "teacher", "mode", "experiment"}
+    assert groups - {"hydra", "recipe"} == {"task", "model", "teacher", "mode", "experiment"}
     assert [path for path in SHIPPED if len(path.parts) == 1] == [Path("config.yaml")]
 
 
@@ -111,7 +130,7 @@ def test_the_default_is_small_and_needs_no_network() -> None:
     ],
 )
 def test_distillation_needs_no_more_than_a_task_with_a_teacher(task: str) -> None:
-    config = only("mode=kd", "model=distilbert", f"task={task}")
+    config = only("mode=kd", f"task={task}")
     assert config.teacher.kind is TeacherKind.auto
     assert bool(config.task.teacher) != bool(config.task.teacher_experiment)
 
@@ -119,19 +138,19 @@ def test_distillation_needs_no_more_than_a_task_with_a_teacher(task: str) -> Non
 @pytest.mark.parametrize(
     ("task", "metrics", "splits"),
     [
-        ("cola", [Metric.matthews_correlation], ["validation"]),
-        ("mnli", [Metric.accuracy], ["validation_matched", "validation_mismatched"]),
-        ("mrpc", [Metric.f1, Metric.accuracy], ["validation"]),
-        ("qnli", [Metric.accuracy], ["validation"]),
-        ("qqp", [Metric.f1, Metric.accuracy], ["validation"]),
-        ("rte", [Metric.accuracy], ["validation"]),
-        ("sst2", [Metric.accuracy], ["validation"]),
-        ("stsb", [Metric.pearson, Metric.spearmanr], ["validation"]),
-        ("wnli", [Metric.accuracy], ["validation"]),
+        ("cola", ["matthews_correlation"], ["validation"]),
+        ("mnli", ["accuracy"], ["validation_matched", "validation_mismatched"]),
+        ("mrpc", ["f1", "accuracy"], ["validation"]),
+        ("qnli", ["accuracy"], ["validation"]),
+        ("qqp", ["f1", "accuracy"], ["validation"]),
+        ("rte", ["accuracy"], ["validation"]),
+        ("sst2", ["accuracy"], ["validation"]),
+        ("stsb", ["pearson", "spearmanr"], ["validation"]),
+        ("wnli", ["accuracy"], ["validation"]),
     ],
 )
 def test_glue_tasks_have_glues_metrics_and_splits(
-    task: str, metrics: list[Metric], splits: list[str]
+    task: str, metrics: list[str], splits: list[str]
 ) -> None:
     config = only(f"task={task}").task
     assert (config.dataset, config.dataset_config) == ("nyu-mll/glue", task)
@@ -213,7 +232,13 @@ def test_cfg_prints_the_composed_config_and_runs_nothing(forgelm: Command, tmp_p
     done = forgelm("train", "--cfg", "job", "mode=kd", "seed=7", "output_root=${oc.env:HOME}/x")
     assert (done.code, done.err) == (0, "")
     printed = yaml.safe_load(done.out)
-    assert printed["mode"] == {"name": "kd", "alpha": 0.9, "temperature": 1.0, "loss": "auto"}
+    assert printed["mode"] == {
+        "name": "kd",
+        "alpha": 0.9,
+        "temperature": 1.0,
+        "loss": "auto",
+        "beta": 0.5,
+    }
     assert (printed["seed"], printed["output_root"]) == (7, "${oc.env:HOME}/x")
     assert "hydra" not in printed
     assert list(tmp_path.iterdir()) == []
@@ -266,7 +291,13 @@ def test_own_configs_beside_the_shipped_ones(forgelm: Command, own: Path) -> Non
     printed = yaml.safe_load(done.out)
     assert printed["model"]["name"] == "mine"
     assert printed["model"]["tiny"]["hidden_size"] == 32
-    assert printed["mode"] == {"name": "kd", "alpha": 0.25, "temperature": 1.0, "loss": "auto"}
+    assert printed["mode"] == {
+        "name": "kd",
+        "alpha": 0.25,
+        "temperature": 1.0,
+        "loss": "auto",
+        "beta": 0.5,
+    }
     assert (printed["training"]["learning_rate"], printed["epochs"]) == (0.002, 7)
     assert printed["task"]["name"] == "nli_mini"
 

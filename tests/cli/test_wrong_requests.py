@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from forgelm.config.schema import MODES, RunConfig
+from forgelm.config.schema import MODES, KdConfig, RunConfig
 from forgelm.config.validate import leaves
 
 # Access tokens, put together here so that no scanner takes this file for a leak.
@@ -90,7 +90,7 @@ OWN_DATA = "task=text_classification task.train_file=rows.csv task.validation_fi
 NOT_AN_OVERRIDE = "not an override; write key=value, as in training.learning_rate=1e-4 …"
 A_FOLDER_NAME = "names a folder; use letters, digits, '.', '_', '+' and '-', beginning with …"
 NOT_A_VALUE = "looks like an access token: tokens are never config values; set HF_TOKEN or WANDB_…"
-A_METRIC_LIST = "must be a list, as in task.metrics=[a,b], of accuracy, f1, …, mse"
+A_METRIC_LIST = "must be a list, as in task.metrics=[a,b]"
 SFT_HAS_NO_TEACHER = "mode=sft has no use for a teacher; use mode=kd, or leave teacher out"
 NEEDS_TEACHER = (
     "distillation needs a teacher; set mode.alpha=0, or use teacher=auto, teacher=path or …"
@@ -127,23 +127,26 @@ REQUESTS: list[tuple[str, ...]] = [
     ("mode=kdd", "mode=kdd: no such mode; one of …kd…sft…; did you mean mode=kd?"),
     (
         "model=distlbert",
-        "model=distlbert: no such model; one of bert_base, …tiny…; did you mean model=distilbert?",
+        "model=distlbert: no such model; one of …bert_base, …tiny…; did you mean model=distilbert?",
     ),
-    ("model=gpt9", "model=gpt9: no such model; one of bert_base, …tiny_teacher"),
-    ("task=mnlii", "task=mnlii: no such task; one of cola, mnli, …; did you mean task=mnli?"),
-    ("task=", "task=: no such task; one of cola, mnli, …"),
-    ("task=null", "task=null: no such task; one of cola, mnli, …"),
+    ("model=gpt9", "model=gpt9: no such model; one of …bert_base, …tiny_teacher"),
+    (
+        "task=mnlii",
+        "task=mnlii: no such task; one of arithmetic, …mnli, …; did you mean task=mnli?",
+    ),
+    ("task=", "task=: no such task; one of arithmetic, …mnli, …"),
+    ("task=null", "task=null: no such task; one of arithmetic, …mnli, …"),
     (
         "teacher=autoo",
         "teacher=autoo: no such teacher; one of auto, none, path, run; did you mean teacher=auto?",
     ),
     (
         "experiment=mnli/distilbert/00_sftt",
-        "experiment=mnli/distilbert/00_sftt: no such experiment; one of mnli/distilbert/00_sft, …;"
+        "experiment=mnli/distilbert/00_sftt: no such experiment; one of …mnli/distilbert/00_sft, …;"
         " did you mean experiment=mnli/distilbert/00_sft?",
     ),
-    ("experiment=mnli", "experiment=mnli: no such experiment; one of mnli/distilbert/00_sft, …"),
-    ("model=[tiny,distilbert]", "model=[tiny,distilbert]: no such model; one of bert_base, …"),
+    ("experiment=mnli", "experiment=mnli: no such experiment; one of …mnli/distilbert/00_sft, …"),
+    ("model=[tiny,distilbert]", "model=[tiny,distilbert]: no such model; one of …bert_base, …"),
     # Keys added, forced and removed
     ("+nothing=1", "+nothing=1: no such key, and none can be added"),
     (
@@ -194,9 +197,10 @@ REQUESTS: list[tuple[str, ...]] = [
         "training.lr_scheduler_type=quadratic: must be one of linear, cosine, …",
     ),
     ("wandb.mode=on", "wandb.mode=on: must be one of online, offline, disabled"),
-    ("mode=kd mode.loss=huber", "mode.loss=huber: must be one of auto, kl, mse"),
+    ("mode=kd mode.loss=huber", "mode.loss=huber: must be one of auto, kl, reverse_kl, jsd, mse"),
     ("task.metrics=accuracy", f"task.metrics=accuracy: {A_METRIC_LIST}"),
-    ("task.metrics=[acc]", f"task.metrics=[acc]: {A_METRIC_LIST}"),
+    ("task.metrics=[acc]", "task.metrics: acc: no such metric; use accuracy, f1, …"),
+    ("task.metrics=[acuracy]", "task.metrics: acuracy: no such …; did you mean accuracy?"),
     ("task.metrics=null", f"task.metrics=null: {A_METRIC_LIST}"),
     ("task.labels=3", "task.labels=3: must be a list, as in task.labels=[a,b] or null"),
     ("wandb.tags=a", "wandb.tags=a: must be a list, as in wandb.tags=[a,b]"),
@@ -212,7 +216,7 @@ REQUESTS: list[tuple[str, ...]] = [
     ("model.tiny=3", "model.tiny=3: model.tiny is a section; set a key in it (…)"),
     (
         "eval=false",
-        "eval=false: eval is a section; set a key in it (eval.before_training, ...)",
+        "eval=false: eval is a section; set a key in it (eval.before_training, eval.…, ...)",
     ),
     ("wandb=off", "wandb=off: wandb is a section; set a key in it (wandb.mode, …, ...)"),
     # Rules across keys and groups
@@ -259,7 +263,8 @@ REQUESTS: list[tuple[str, ...]] = [
         "task.dataset=org/data",
         "task.embedded=nli_mini and task.dataset=org/data: a task has one source; keep one …",
     ),
-    ("task.embedded=other", "task.embedded=other: the embedded data is nli_mini"),
+    ("task.embedded=other", "task.embedded=other: no such embedded data; there are nli_mini, …"),
+    ("task.embedded=nlimini", "task.embedded=nlimini: no such …; did you mean nli_mini?"),
     (
         "task=text_classification",
         "task has no data: give task.train_file and task.validation_file (own rows), or task.d…",
@@ -532,10 +537,32 @@ RANGES: list[tuple[str, str]] = [
     ("launch.nodes=0", "must be at least 1"),
     ("launch.ranks_per_node=0", "must be at least 1"),
     ("training.eval_strategy=steps training.eval_steps=0", "must be at least 1"),
+    ("task.max_new_tokens=0", "must be at least 1"),
+    ("model.lora.r=0", "must be at least 1"),
+    ("model.lora.lora_alpha=0", "must be at least 1"),
+    ("model.lora.lora_dropout=1.0", "must be at least 0 and below 1"),
+    ("eval.lm_eval.limit=0.0", "must be above 0"),
+    ("eval.lm_eval.num_fewshot=-1", "must be at least 0"),
+    ("eval.lm_eval.batch_size=0", "must be at least 1"),
+    ("mode.beta=1.0", "must be above 0 and below 1"),
+    ("mode.length_target=0", "must be at least 1"),
+    ("mode.num_generations=1", "must be at least 2"),
+    ("mode.max_completion_length=0", "must be at least 1"),
+    ("mode.top_p=0.0", "must be at most 1 and above 0"),
+    ("mode.top_k=-1", "must be at least 0"),
+    ("mode.min_p=1.5", "must be at least 0 and at most 1"),
+    ("mode.repetition_penalty=0.0", "must be above 0"),
+    ("mode.num_iterations=0", "must be at least 1"),
+    ("mode.steps_per_generation=0", "must be at least 1"),
+    ("mode.epsilon=0.0", "must be above 0"),
+    ("mode.epsilon_high=0.0", "must be above 0"),
+    ("mode.delta=0.0", "must be above 0"),
+    ("mode.vllm_gpu_memory_utilization=0.0", "must be at most 1 and above 0"),
+    ("mode.samples_per_log=-1", "must be at least 0"),
 ]
 
 # Keys whose range isn't in `RANGES`: the text that is wrong with them has a request of its own.
-RANGED_ELSEWHERE = {"model.tiny.num_attention_heads"}
+RANGED_ELSEWHERE = {"model.tiny.num_attention_heads", "task.augmentation"}
 
 # Values that look like tokens; for those that reach the typed config also what is said of them.
 SECRETS: list[tuple[str, ...]] = [
@@ -587,12 +614,16 @@ class Outcome:
 
 
 Outcomes = dict[str, Outcome]
+RL = "mode=rl task=arithmetic training.per_device_train_batch_size=32"
 RIGHT = "max_steps=1 wandb.mode=disabled"
 
 
 def with_range(request: str) -> str:
-    """The request of a `RANGES` row: a key of kd's needs its mode."""
-    return f"mode=kd {request}" if request.startswith("mode.") else request
+    """The request of a `RANGES` row: a key of a mode's needs that mode."""
+    section, _, key = request.partition("=")[0].partition(".")
+    if section != "mode":
+        return request
+    return f"mode=kd {request}" if key in vars(KdConfig()) else f"{RL} {request}"
 
 
 def with_token(request: str) -> str:

@@ -61,7 +61,7 @@ def test_the_final_model_predicts_what_eval_json_says(tiny: Command, tmp_path: P
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from forgelm.tasks.nli_mini import LABELS, generate
-    from forgelm.tasks.rows import _PART_SEED
+    from forgelm.tasks.sources import _PART_SEED
 
     assert tiny("max_steps=12", "training.eval_strategy=no").code == 0
     run = only_run(tmp_path / "outputs")

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig
 
 import forgelm.models
-from forgelm.tasks.arithmetic import SPLITS, generate
+from forgelm.tasks.arithmetic import SPLITS, rows
 
 TOKENIZER = Path(forgelm.models.__file__).parent / "tiny" / "characters"
 ALPHABET = "".join(c for c in string.printable if c.isprintable()) + "\n"
@@ -29,37 +29,37 @@ def tokenizer() -> Any:
 
 
 def problems(split: str) -> list[tuple[int, str, int]]:
-    found = [PROBLEM.fullmatch(row["prompt"]) for row in generate(split)]
+    found = [PROBLEM.fullmatch(row["prompt"]) for row in rows(split)]
     return [(int(m[1]), m[2], int(m[3])) for m in found if m]
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_are_right(split: str) -> None:
-    rows = generate(split)
+    made = rows(split)
     answers = [a + b if sign == "+" else a - b for a, sign, b in problems(split)]
-    assert [row["completion"] for row in rows] == [str(answer) for answer in answers]
-    assert all(row.keys() == {"prompt", "completion"} for row in rows)
+    assert [row["completion"] for row in made] == [str(answer) for answer in answers]
+    assert all(row.keys() == {"prompt", "completion"} for row in made)
     assert min(answers) >= 0
 
 
 def test_no_problem_is_there_twice() -> None:
     every = [problem for split in SPLITS for problem in problems(split)]
     same = {(sign, *(sorted((a, b)) if sign == "+" else (a, b))) for a, sign, b in every}
-    assert len(same) == len(every) == sum(len(generate(split)) for split in SPLITS)
+    assert len(same) == len(every) == sum(len(rows(split)) for split in SPLITS)
 
 
 def test_every_process_makes_the_same_rows() -> None:
     code = (
-        "from forgelm.tasks.arithmetic import SPLITS, generate; "
-        "print([generate(split) for split in SPLITS])"
+        "from forgelm.tasks.arithmetic import SPLITS, rows; "
+        "print([rows(split) for split in SPLITS])"
     )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert made.stdout.strip() == repr([generate(split) for split in SPLITS])
+    assert made.stdout.strip() == repr([rows(split) for split in SPLITS])
 
 
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown split 'test'; valid splits: train, validation"):
-        generate("test")
+        rows("test")
 
 
 @pytest.mark.parametrize("text", [ALPHABET, "  two  spaces \n\nand .  ' s n't , ?", "12+34="])

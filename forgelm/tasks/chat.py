@@ -1,0 +1,84 @@
+"""Chats as the model's own template writes them, and which of their text the model is to learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from forgelm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A chat as text. `spans` are the (start, end) of what the assistant says, its end mark
+    included; `answer_from` is where its last turn begins, which an evaluation asks for.
+
+    `all_turns`: whether every assistant turn is among the spans.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    answer_from: int
+    all_turns: bool
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse chats for a tokenizer that has no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"{name}: its tokenizer has no chat template, which messages need; choose a model "
+            "that was trained to chat, or give prompt and completion columns"
+        )
+
+
+def write(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Written:
+    """Write a chat that has an assistant turn.
+
+    A template may rewrite earlier turns (leave out their reasoning, say); then only the last
+    assistant turn, which stands as it will be generated, is to be learnt.
+
+    Raises:
+        ConfigError: the template refuses the chat.
+    """
+    places = [place for place, turn in enumerate(chat) if turn["role"] == "assistant"]
+    last = places[-1]
+    whole = _render(chat[: last + 1], tokenizer, False)
+    spans = []
+    for place in places:
+        before = _render(chat[:place], tokenizer, True)
+        after = whole if place == last else _render(chat[: place + 1], tokenizer, False)
+        if whole.startswith(before) and whole.startswith(after):
+            spans.append((len(before), len(after)))
+    asked = _render(chat[:last], tokenizer, True)
+    if not whole.startswith(asked):
+        raise ConfigError(
+            "the model's chat template writes an answer otherwise than it asks for one, so what "
+            "is to be learnt can't be told; give prompt and completion columns"
+        )
+    return Written(whole, spans, len(asked), len(spans) == len(places))
+
+
+def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text after which the model answers; what stands from the last answer on is left out."""
+    places = [place for place, turn in enumerate(chat) if turn["role"] == "assistant"]
+    open_end = chat[: places[-1]] if places and places[-1] == len(chat) - 1 else chat
+    return _render(open_end, tokenizer, True)
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=generate
+        )
+    except Exception as error:
+        roles = ", ".join(turn["role"] for turn in chat)
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the model's chat template refuses a chat of the roles {roles}: {said}"
+        ) from error
+    return str(text)

@@ -1,0 +1,274 @@
+"""Where rows come from: embedded tasks, own files, the hub; as they stand there, unchecked."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgelm import plugins
+from forgelm.config.schema import TaskConfig
+from forgelm.config.validate import EMBEDDED
+from forgelm.errors import ConfigError, RunError
+from forgelm.hub import explained
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_PART_SEED = 0
+_STREAMS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+
+
+def load_splits(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str]:
+    if task.embedded is not None:
+        return _embedded(task)
+    if task.train_file is not None:
+        files = {task.train_split: task.train_file, task.validation_splits[0]: task.validation_file}
+        found = {name: Path(str(path)) for name, path in files.items()}
+        splits = {name: read_file(path) for name, path in found.items()}
+        return splits, digest(*(path.read_bytes() for path in found.values()))
+    return _from_hub(task, revision)
+
+
+def open_stream(
+    task: TaskConfig, revision: str | None
+) -> tuple[IterableDataset, dict[str, Dataset], str]:
+    """The training rows as they are, the evaluation splits, and what the data is known by."""
+    from datasets import Dataset, load_dataset
+
+    if task.embedded is not None:
+        splits, fingerprint = _embedded(task)
+        return splits.pop(task.train_split).to_iterable_dataset(), splits, fingerprint
+    if task.train_file is not None:
+        path, other = Path(task.train_file), Path(str(task.validation_file))
+        kind = _STREAMS[path.suffix.lower()]
+        options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        stream = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+        known = digest(_ends(path), other.read_bytes())
+        return stream, {task.validation_splits[0]: read_file(other)}, known
+    name = str(task.dataset)
+    with explained(f"data set {name}"):
+        streams = load_dataset(name, task.dataset_config, revision=revision, streaming=True)
+        held_out = {
+            split: Dataset.from_list(list(streams[split]), features=streams[split].features)
+            for split in task.validation_splits
+        }
+    known = digest(str(revision).encode(), str(task.dataset_config).encode())
+    return streams[task.train_split], held_out, known
+
+
+def _ends(path: Path) -> bytes:
+    """Size, first and last megabyte: a stream is meant for files too long to be read for a hash."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(1 << 20)
+        file.seek(max(0, size - (1 << 20)))
+        return f"{size}".encode() + first + file.read()
+
+
+def _embedded(task: TaskConfig) -> tuple[dict[str, Dataset], str]:
+    from datasets import Dataset
+
+    data, name = _maker(str(task.embedded)), str(task.embedded)
+    features = data.features() if hasattr(data, "features") else None
+    splits, parts = {}, []
+    for split in [task.train_split, *task.validation_splits]:
+        if split not in data.SPLITS:
+            raise ConfigError(
+                f"split {split}: {name} has {', '.join(data.SPLITS)}; "
+                "see task.train_split and task.validation_splits"
+            )
+        rows = data.rows(split)
+        parts.append(json.dumps(rows, default=_shortened).encode())
+        splits[split] = Dataset.from_list(rows, features=features)
+    return splits, digest(*parts)
+
+
+def _maker(name: str) -> Any:
+    """An embedded task: a module of our own, or what another package adds."""
+    if name in EMBEDDED:
+        return import_module(f"forgelm.tasks.{name}")
+    return plugins.load(plugins.TASKS, name)
+
+
+def _shortened(value: Any) -> str:
+    """Stands for bytes (an image, say) in what a fingerprint is made of."""
+    content = value if isinstance(value, bytes) else value.tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _from_hub(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name = str(task.dataset)
+    try:
+        with explained(f"data set {name}"):
+            found = load_dataset(name, task.dataset_config, revision=revision)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        gated = "; ask for access on its page, then set HF_TOKEN" if "gated" in str(error) else ""
+        raise RunError(f"data set {name}: {str(error).splitlines()[0]}{gated}") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"task.dataset={name}, task.dataset_config={task.dataset_config}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    splits = {}
+    for split in [task.train_split, *task.validation_splits]:
+        if split not in found:
+            raise ConfigError(
+                f"split {split}: {name} has {', '.join(found)}; "
+                "see task.train_split and task.validation_splits"
+            )
+        splits[split] = found[split]
+    prints = [str(part._fingerprint).encode() for part in splits.values()]
+    known = str(revision).encode() if revision else b"".join(prints)
+    return splits, digest(known, str(task.dataset_config).encode())
+
+
+def read_file(path: Path) -> Dataset:
+    """Read a .csv, .tsv, .json, .jsonl or .parquet file; the rows of text files stay text.
+
+    Raises:
+        ConfigError: the file is empty, can't be read as what its name says, or has a crooked row.
+    """
+    import pyarrow
+    from datasets import Dataset
+
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+        else:
+            table = _delimited(path) if suffix in (".csv", ".tsv") else _json_rows(path)
+            rows = Dataset.from_dict(_columns(path, table))
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: not a readable {suffix} file: {first}") from error
+    if not len(rows):
+        raise ConfigError(f"{path}: the file has no rows")
+    return rows
+
+
+def _delimited(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV or TSV file, every field as text, all as long as the header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(
+            file, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ","
+        )
+        try:
+            header = next(reader, None)
+            if header is None:
+                raise ConfigError(f"{path}: the file is empty")
+            rows = []
+            for number, fields in enumerate(filter(None, reader), 1):
+                if len(fields) != len(header):
+                    raise ConfigError(
+                        f"{path}, row {number}: {len(fields)} fields, and the header has "
+                        f"{len(header)}; quote fields that hold the separator"
+                    )
+                rows.append(dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            raise ConfigError(f"{path}, line {reader.line_num}: {error}") from error
+    return rows
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json":
+        try:
+            rows = json.loads(text or "[]")
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not JSON: {error}; one object a line is .jsonl") from error
+        if not isinstance(rows, list):
+            raise ConfigError(f"{path}: must hold a list of objects; one object a line is .jsonl")
+    else:
+        rows = []
+        # Not splitlines: it takes characters for line ends that may stand inside JSON's strings.
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, row {number}: must be an object, and is {row!r:.60}")
+    return rows
+
+
+def _columns(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns, in the order of first appearance; a value that a row lacks is None."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for name, values in columns.items():
+        given = [(row, value) for row, value in enumerate(values, 1) if value is not None]
+        for row, value in given:
+            if _kind(value) != _kind(given[0][1]):
+                raise ConfigError(
+                    f"{path}, row {row}: {name}={value!r:.60} is {_kind(value)}, and above it is "
+                    f"{_kind(given[0][1])}; make the column one type"
+                )
+    return columns
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return "text" if isinstance(value, str) else "a list or an object"
+
+
+def check_present(wanted: dict[str, str | None], where: str, columns: list[str]) -> None:
+    problems = []
+    for key, column in wanted.items():
+        if column is None or column in columns:
+            continue
+        near = difflib.get_close_matches(column, columns, n=1)
+        hint = f"; did you mean {key}={near[0]}?" if near else ""
+        problems.append(
+            f"{key}={column}: {where} has no such column, but {', '.join(columns)}{hint}"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def texts(column: str, where: str, rows: Dataset) -> list[str]:
+    texts: list[str] = rows[column][:]
+    for row, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ConfigError(f"{where}, row {row}: {column}={text!r} is not text")
+    return texts
+
+
+def part(rows: Dataset, limit: int | None) -> Dataset:
+    """A fixed part: the same rows for every seed of a run."""
+    import numpy
+
+    if limit is None or limit >= len(rows):
+        return rows
+    order = numpy.random.RandomState(_PART_SEED).permutation(len(rows))
+    return rows.select(order[:limit])
+
+
+def digest(*parts: bytes) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
