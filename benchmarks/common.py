@@ -18,7 +18,7 @@ from forgelm.log import quiet_libraries
 from forgelm.pipeline import Models, build_trainer, load_models, prepare_task
 from forgelm.resolve import resolve
 from forgelm.run.lifecycle import Run, opened, start_session
-from forgelm.tasks.prepare import TaskData
+from forgelm.tasks.data import TaskData
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]

@@ -113,12 +113,14 @@ def teacher(root: Path) -> None:
     def save(config: RunConfig) -> int:
         from transformers import BertConfig, BertForSequenceClassification, set_seed
 
-        from forgelm.models.load import load_tokenizer
+        from forgelm.models.load import load_reader
         from forgelm.tasks.nli_mini import LABELS, generate
 
         set_seed(config.seed)
         texts = [pair.premise for pair in generate("train")]
-        tokenizer = load_tokenizer(config.model, None).train_new_from_iterator(texts, 200)
+        tokenizer = load_reader(config.model, config.task.kind, None).train_new_from_iterator(
+            texts, 200
+        )
         model = BertForSequenceClassification(
             BertConfig(
                 vocab_size=len(tokenizer),

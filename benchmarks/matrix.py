@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import sys
 import tempfile
@@ -52,6 +53,15 @@ REGRESSION = (
     "task.train_file={root}/train.csv",
     "task.validation_file={root}/validation.csv",
 )
+CAUSAL = ("task=arithmetic", "task.max_length=16")
+SEQ2SEQ = (
+    "task=seq2seq",
+    "task.train_file={root}/train.jsonl",
+    "task.validation_file={root}/validation.jsonl",
+    "task.max_length=16",
+    "task.max_new_tokens=4",
+)
+WRITER = ("mode=kd", "teacher=path", "teacher.path={root}/writer")
 # Epochs of eight optimizer steps, the last of them with fewer batches than the others.
 TWICE = ("training.gradient_accumulation_steps=2", "task.max_train_samples=59")
 THRICE = ("training.gradient_accumulation_steps=3", "task.max_train_samples=87")
@@ -96,6 +106,22 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "kd": KD,
     "kd-accumulation": (*KD, *TWICE),
     "regression": REGRESSION,
+    "causal": CAUSAL,
+    "causal-packed": (
+        *CAUSAL,
+        "task.packing=true",
+        "task.max_train_samples=62",
+        "training.train_sampling_strategy=group_by_length",
+    ),
+    "causal-kd": (*CAUSAL, *WRITER, *TWICE),
+    "causal-kd-packed": (
+        *CAUSAL,
+        *WRITER,
+        "task.packing=true",
+        "task.max_train_samples=62",
+        "mode.loss=jsd",
+    ),
+    "seq2seq": SEQ2SEQ,
     "adamw-fused": ("training.optim=adamw_torch_fused",),
     "adafactor": ("training.optim=adafactor",),
     "sgd": ("training.optim=sgd", "training.learning_rate=0.1"),
@@ -108,6 +134,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     # The last batch of an epoch has fewer rows than there are ranks.
     "ranks-3": ("launch.ranks_per_node=3", "task.max_train_samples=86"),
     "ranks-2-accumulation": (*TWICE, "launch.ranks_per_node=2", "task.max_train_samples=119"),
+    "ranks-2-causal-kd": (
+        *CAUSAL,
+        *WRITER,
+        *TWICE,
+        "launch.ranks_per_node=2",
+        "task.max_train_samples=119",
+    ),
     "ranks-2-kd": (*KD, "launch.ranks_per_node=2", "task.max_train_samples=63"),
 }
 
@@ -160,17 +193,35 @@ class Result:
 
 
 def materials(root: Path) -> None:
-    """Make what the variants need in `root`: a teacher, and scored rows of our own."""
+    """Make what the variants need in `root`: two teachers, scored rows and prompts of our own."""
+    from forgelm.tasks import arithmetic
     from forgelm.tasks.nli_mini import generate
 
     warm()
     teacher(root)
+    writing_teacher(root)
+    for split in arithmetic.SPLITS:
+        lines = (json.dumps(row) + "\n" for row in arithmetic.rows(split)[:31])
+        (root / f"{split}.jsonl").write_text("".join(lines))
     pairs = generate("train")
     for name, rows in (("train", pairs[:31]), ("validation", pairs[31:55])):
         with (root / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("text", "label"))
             writer.writerows((pair.premise, len(pair.premise) / 10) for pair in rows)
+
+
+def writing_teacher(root: Path) -> None:
+    """A teacher that writes, with fresh weights: any will do."""
+    import torch
+
+    from forgelm.config.schema import Kind, TinyConfig
+    from forgelm.models import tiny
+
+    torch.manual_seed(1)
+    reader = tiny.reader(Kind.causal_lm)
+    tiny.model(Kind.causal_lm, TinyConfig(), reader, {}).save_pretrained(root / "writer")
+    reader.save_pretrained(root / "writer")
 
 
 def tried(name: str, root: Path, chains: Sequence[Chain] | None = None) -> Result:

@@ -171,19 +171,21 @@ def load_models(run: Run, task: TaskData) -> Models:
     """The student, from the same start whatever the mode; the teacher if needed."""
     from transformers import set_seed
 
-    from forgelm.models.load import load_student, load_teacher, teacher_dtype
+    from forgelm.models.load import check_positions, load_student, load_teacher, teacher_dtype
     from forgelm.models.tokens import refuse_leak
 
     config, revisions = run.config, run.metadata["revisions"]
     kind, labels = config.task.kind, task.rows.labels
     set_seed(config.seed)
     student = load_student(config.model, kind, revisions.get("model"), task.reader, labels)
+    check_positions(student, config.task, "the model")
     if config.task.packing:
         refuse_leak(student)
     if not uses_teacher(config):
         return Models(student, None)
     dtype = teacher_dtype(config.teacher)
     teacher = load_teacher(config.teacher, kind, revisions.get("teacher"), labels, dtype)
+    check_positions(teacher, config.task, "the teacher")
     return Models(student, teacher)
 
 

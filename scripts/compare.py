@@ -57,7 +57,7 @@ def main(overrides: Sequence[str]) -> int:
 def comparison(
     measured: dict[str, list[dict[str, Any]]],
 ) -> tuple[list[tuple[str, ...]], list[float]]:
-    """The table's rows, the first its header, and KD's gain over SFT on each split."""
+    """The table's rows, the first its header, and how much better than SFT KD is on each split."""
     metric, before = measured["kd"][0]["metric"], measured["kd"][0]["before"]
     rows: list[tuple[str, ...]] = [("", "start", "SFT", "KD", "teacher", "KD - SFT")]
     gains = []
@@ -68,9 +68,10 @@ def comparison(
         }
         start = fmean(run["before"]["student"][split][metric] for run in measured["kd"])
         values = (start, means["sft"], means["kd"], before["teacher"][split][metric])
-        gains.append(means["kd"] - means["sft"])
+        difference = means["kd"] - means["sft"]
+        gains.append(difference if measured["kd"][0]["greater_is_better"] else -difference)
         cells = [f"{value:.4f}" for value in values]
-        rows.append((f"{split} {metric}", *cells, f"{gains[-1]:+.4f}"))
+        rows.append((f"{split} {metric}", *cells, f"{difference:+.4f}"))
     return rows, gains
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgelm.config.metrics import answers
 from forgelm.config.schema import (
     Kind,
     ModelConfig,
+    TaskConfig,
     TeacherConfig,
     TeacherDtype,
     TrainingConfig,
@@ -134,6 +136,24 @@ def load_teacher(
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def check_positions(model: PreTrainedModel, task: TaskConfig, name: str) -> None:
+    """Refuse lengths (tokens) that the model has no positions for.
+
+    Raises:
+        ConfigError: `task.max_length`, with what is generated after it, is more.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    needed, words = task.max_length, f"task.max_length={task.max_length}"
+    if task.kind is Kind.causal_lm and answers(task):
+        needed += task.max_new_tokens
+        words += f" and task.max_new_tokens={task.max_new_tokens}"
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"{words}: {name} has positions for {limit} tokens, and these need {needed}; "
+            "lower task.max_length"
+        )
 
 
 def load_final(folder: Path, kind: Kind) -> Loaded:

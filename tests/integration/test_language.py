@@ -80,6 +80,15 @@ def test_rows_of_every_layout(forgelm: Command, tmp_path: Path, layout: str, pac
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_parquet(forgelm: Command, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(CHATS), tmp_path / "rows.parquet")
+    done = forgelm(*request(tmp_path / "rows.parquet"), *ANSWERS)
+    assert done.code == 0, done.err
+
+
 def test_the_final_model_writes_what_eval_json_says(
     forgelm: Command, trained: Path, tmp_path: Path
 ) -> None:
@@ -304,6 +313,12 @@ WRONG: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
         PAIRS,
         ("task.labels=[a,b]",),
         "task.labels=['a', 'b'] is only read with task.kind=text_classification",
+    ),
+    "more than the model has positions for": (
+        PAIRS,
+        (*ANSWERS, "task.max_length=500", "task.max_new_tokens=20"),
+        "task.max_length=500 and task.max_new_tokens=20: the model has positions for 512 tokens, "
+        "and these need 520; lower task.max_length",
     ),
     "a broken pattern": (
         PAIRS,
