@@ -94,11 +94,14 @@ def load_student(
             output_loading_info=True,
             **head,
         )
-    if kind is not Kind.text_classification and loading["missing_keys"]:
+    missing = _missing(loading)
+    if kind is not Kind.text_classification and missing:
         raise ConfigError(
-            f"model {config.path}: its checkpoint lacks {_few(loading['missing_keys'])}, so it "
+            f"model {config.path}: its checkpoint lacks {_few(missing)}, so it "
             f"can't write; choose a model for task.kind={kind}"
         )
+    if kind is Kind.image_to_text:
+        _settle_marks(model, f"model {config.path}")
     return model
 
 
@@ -123,16 +126,19 @@ def load_teacher(
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    if loading["missing_keys"]:
+    missing = _missing(loading)
+    if missing:
         aim = "to classify" if kind is Kind.text_classification else "to write"
         raise ConfigError(
-            f"teacher {path}: its checkpoint lacks {_few(loading['missing_keys'])}, "
+            f"teacher {path}: its checkpoint lacks {_few(missing)}, "
             f"so it was never trained {aim}; choose a teacher of this task"
         )
     if kind is Kind.text_classification:
         order = match_labels(path, model.config, labels)
         if order is not None:
             model.register_forward_hook(_reordered(order))
+    if kind is Kind.image_to_text:
+        _settle_marks(model, f"teacher {path}")
     model.eval()
     model.requires_grad_(False)
     return model
@@ -149,10 +155,12 @@ def check_positions(model: PreTrainedModel, task: TaskConfig, name: str) -> None
     if task.kind is Kind.causal_lm and answers(task):
         needed += task.max_new_tokens
         words += f" and task.max_new_tokens={task.max_new_tokens}"
+    if task.kind is Kind.image_to_text and answers(task) and task.max_new_tokens > needed:
+        needed, words = task.max_new_tokens, f"task.max_new_tokens={task.max_new_tokens}"
     if limit is not None and needed > limit:
         raise ConfigError(
             f"{words}: {name} has positions for {limit} tokens, and these need {needed}; "
-            "lower task.max_length"
+            f"lower {words.split('=')[0]}"
         )
 
 
@@ -170,6 +178,37 @@ def _auto(kind: Kind) -> Any:
     import transformers
 
     return getattr(transformers, _AUTO[kind])
+
+
+def _missing(loading: dict[str, Any]) -> list[str]:
+    """Weights that the checkpoint lacks and the model uses: a decoder never asks for the pooled
+    output of the encoder before it, and TrOCR's checkpoints have no weights for that."""
+    return [name for name in loading["missing_keys"] if not name.startswith("encoder.pooler.")]
+
+
+def _settle_marks(model: Any, name: str) -> None:
+    """Let a vision encoder-decoder know which tokens begin, end and fill a text: published ones
+    often say it of their decoder alone.
+
+    Raises:
+        ConfigError: the checkpoint says it nowhere.
+    """
+    decoder = getattr(model.config, "decoder", None)
+    if decoder is None:
+        return
+    for mark in ("decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
+        places = (model.config, model.generation_config, decoder)
+        known = [getattr(place, mark, None) for place in places]
+        value = next((found for found in known if found is not None), None)
+        for place, found in zip(places[:2], known, strict=False):
+            if found is None:
+                setattr(place, mark, value)
+    for mark in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(model.config, mark) is None:
+            raise ConfigError(
+                f"{name}: its config has no {mark}, so it can't be trained to write; "
+                "choose another model"
+            )
 
 
 def _few(names: Iterable[str]) -> str:
