@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm.config.lm_tasks import problems
-from forgelm.config.schema import RunConfig
+from forgelm.config.schema import Kind, RunConfig
 from forgelm.config.validate import DATA_SUFFIXES
 from forgelm.errors import ConfigError
 from forgelm.log import quiet_libraries
@@ -71,9 +71,10 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
     Raises:
         ConfigError: the run isn't complete, or a row or column isn't what the task reads.
     """
-    if data.suffix.lower() not in DATA_SUFFIXES:
-        raise ConfigError(f"--data {data}: must end in one of {', '.join(DATA_SUFFIXES)}")
     config, metadata = complete(paths)
+    folder = data.is_dir() and config.task.kind is Kind.image_to_text
+    if not folder and data.suffix.lower() not in DATA_SUFFIXES:
+        raise ConfigError(f"--data {data}: must end in one of {', '.join(DATA_SUFFIXES)}")
     quiet_libraries()
     from forgelm.evaluate import records_of
     from forgelm.models.load import device_for

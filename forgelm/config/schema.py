@@ -215,7 +215,8 @@ class TaskConfig:
     greater_is_better: bool = True
     """Of the first metric."""
     max_length: int = option(128, min=4)
-    """Tokens; what is longer is truncated, the longer text of a pair first."""
+    """Tokens; what is longer is truncated, the longer text of a pair first. For image_to_text, of
+    the text alone."""
     streaming: bool = False
     """Read the training rows as they are needed, in their order, instead of all beforehand. Needs
     max_steps, and the labels given or declared by the data set."""

@@ -64,6 +64,7 @@ def check(config: RunConfig) -> list[str]:
         _names,
         _task_source,
         _task_kind,
+        _images,
         _folders,
         _task_metrics,
         _teacher,
@@ -215,6 +216,8 @@ _READ_BY = {
     "as_chat": (Kind.causal_lm,),
     "system_prompt": (Kind.causal_lm,),
     "packing": (Kind.causal_lm,),
+    "image_column": (Kind.image_to_text,),
+    "instruction": (Kind.image_to_text,),
     "augmentation": (Kind.image_to_text,),
 }
 
@@ -249,6 +252,22 @@ def _task_kind(config: RunConfig) -> Iterator[str]:
                 f"task.answer_pattern={task.answer_pattern!r} is only read for a metric that "
                 "compares answers, such as exact_match"
             )
+
+
+def _images(config: RunConfig) -> Iterator[str]:
+    task, sampling = config.task, config.training.train_sampling_strategy
+    needed = {
+        f"task.kind={task.kind}": ("PIL", task.kind is Kind.image_to_text),
+        f"task.metrics=[{','.join(task.metrics)}]": ("jiwer", {"cer", "wer"} & set(task.metrics)),
+    }
+    for what, (module, used) in needed.items():
+        if used and find_spec(module) is None:
+            yield f"{what} needs the extra ocr: pip install 'forgelm[ocr]'"
+    if task.kind is Kind.image_to_text and sampling is Sampling.group_by_length:
+        yield (
+            "training.train_sampling_strategy=group_by_length: images aren't of different lengths; "
+            "use random"
+        )
 
 
 def _folders(config: RunConfig) -> Iterator[str]:

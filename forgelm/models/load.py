@@ -195,8 +195,10 @@ def _pretrained(
         **head,
         **how,
     )
+    if kind is Kind.image_to_text:
+        _settle_marks(model, f"model {path}")
     mismatched = {name for name, *_ in loading["mismatched_keys"]}
-    return model, {*loading["missing_keys"], *mismatched}
+    return model, {*_missing(loading), *mismatched}
 
 
 def load_teacher(
@@ -257,10 +259,12 @@ def check_positions(model: PreTrainedModel, task: TaskConfig, name: str) -> None
     if task.kind is Kind.causal_lm and answers(task):
         needed += task.max_new_tokens
         words += f" and task.max_new_tokens={task.max_new_tokens}"
+    if task.kind is Kind.image_to_text and answers(task) and task.max_new_tokens > needed:
+        needed, words = task.max_new_tokens, f"task.max_new_tokens={task.max_new_tokens}"
     if limit is not None and needed > limit:
         raise ConfigError(
             f"{words}: {name} has positions for {limit} tokens, and these need {needed}; "
-            "lower task.max_length"
+            f"lower {words.split('=')[0]}"
         )
 
 
@@ -300,6 +304,37 @@ def _auto(kind: Kind) -> Any:
     import transformers
 
     return getattr(transformers, _AUTO[kind])
+
+
+def _missing(loading: dict[str, Any]) -> list[str]:
+    """Weights that the checkpoint lacks and the model uses: a decoder never asks for the pooled
+    output of the encoder before it, and TrOCR's checkpoints have no weights for that."""
+    return [name for name in loading["missing_keys"] if not name.startswith("encoder.pooler.")]
+
+
+def _settle_marks(model: Any, name: str) -> None:
+    """Let a vision encoder-decoder know which tokens begin, end and fill a text: published ones
+    often say it of their decoder alone.
+
+    Raises:
+        ConfigError: the checkpoint says it nowhere.
+    """
+    decoder = getattr(model.config, "decoder", None)
+    if decoder is None:
+        return
+    for mark in ("decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
+        places = (model.config, model.generation_config, decoder)
+        known = [getattr(place, mark, None) for place in places]
+        value = next((found for found in known if found is not None), None)
+        for place, found in zip(places[:2], known, strict=False):
+            if found is None:
+                setattr(place, mark, value)
+    for mark in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(model.config, mark) is None:
+            raise ConfigError(
+                f"{name}: its config has no {mark}, so it can't be trained to write; "
+                "choose another model"
+            )
 
 
 def _few(names: Iterable[str]) -> str:
