@@ -458,10 +458,6 @@ def _rl(config: RunConfig, mode: RlConfig) -> Iterator[str]:
         )
     if mode.use_vllm and training.use_cpu:
         yield "mode.use_vllm=true needs a GPU: drop it, or drop training.use_cpu"
-    known = {item.name: item.default for item in fields(mode)}
-    for key in known:
-        if key.startswith("vllm_") and not mode.use_vllm and getattr(mode, key) != known[key]:
-            yield f"mode.{key}={getattr(mode, key)} is only read with mode.use_vllm=true"
 
 
 def _rewards(mode: RlConfig) -> Iterator[str]:

@@ -86,6 +86,7 @@ json.dump(outcomes, sys.stdout)
 """
 
 BATCH = "per_device_train_batch_size"
+RL = f"mode=rl task=arithmetic training.{BATCH}=32"
 OWN_DATA = "task=text_classification task.train_file=rows.csv task.validation_file=rows.csv"
 NOT_AN_OVERRIDE = "not an override; write key=value, as in training.learning_rate=1e-4 …"
 A_FOLDER_NAME = "names a folder; use letters, digits, '.', '_', '+' and '-', beginning with …"
@@ -302,6 +303,49 @@ REQUESTS: list[tuple[str, ...]] = [
     (
         "training.early_stopping_patience=2 training.eval_strategy=no",
         "training.early_stopping_patience=2 with training.eval_strategy=no: set …=epoch or …",
+    ),
+    # Rewards
+    (
+        "mode=rl",
+        "mode=rl with task.kind=text_classification: rewards are for what a model writes; …",
+    ),
+    (
+        f"{RL} mode.rewards=[exact,length,length] mode.reward_weights=[1] "
+        "\"mode.format_pattern='('\"",
+        "mode.rewards: exact: no such reward; use exact_match, contains, numeric, format, length…",
+        "mode.rewards=[exact,length,length]: names a reward twice; use mode.reward_weights",
+        "mode.reward_weights has 1 values for 3 rewards: give one for each of mode.rewards",
+        "mode.format_pattern='(' is only read for the reward format",
+        "mode.format_pattern='(': not a regular expression: …",
+    ),
+    (
+        f"{RL} mode.rewards=[format] mode.reward_weights=[nan]",
+        "mode.reward_weights=[nan]: must be finite numbers",
+        "mode.rewards: format needs mode.format_pattern: …",
+    ),
+    (f"{RL} mode.rewards=[]", "mode.rewards=[]: name at least one, as in …[exact_match]"),
+    (
+        f"{RL} mode.num_generations=5 launch.ranks_per_node=2 mode.steps_per_generation=3",
+        "mode.num_generations=5: must divide the 192 completions that are generated at once …",
+    ),
+    (
+        f"{RL} task.packing=true training.train_sampling_strategy=group_by_length",
+        "task.packing=true with mode=rl: prompts aren't packed; leave it out",
+        "training.train_sampling_strategy=group_by_length with mode=rl: …",
+    ),
+    (
+        f"{RL} mode.sync_ref_model=true model.lora.enabled=true",
+        "mode.sync_ref_model=true with mode.beta=0: there is no reference; set mode.beta",
+        "mode.sync_ref_model=true with model.lora.enabled=true: …",
+    ),
+    (
+        f"{RL} mode.use_vllm=true training.use_cpu=true",
+        "mode.use_vllm=true needs the package vllm: pip install vllm",
+        "mode.use_vllm=true needs a GPU: drop it, or drop training.use_cpu",
+    ),
+    (
+        "task=arithmetic task.metrics=[reward]",
+        "task.metrics: reward: mode=sft has no rewards; use mode=rl",
     ),
     (
         "training.save_steps=5 training.save_minutes=2",
@@ -557,6 +601,18 @@ RANGES: list[tuple[str, str]] = [
     ("mode.epsilon=0.0", "must be above 0"),
     ("mode.epsilon_high=0.0", "must be above 0"),
     ("mode.delta=0.0", "must be above 0"),
+    ("mode.off_policy_mask_threshold=0.0", "must be above 0"),
+    ("mode.top_entropy_quantile=1.5", "must be at least 0 and at most 1"),
+    ("mode.entropy_coef=-0.1", "must be at least 0"),
+    ("mode.entropy_coef_min=-0.1", "must be at least 0"),
+    ("mode.entropy_coef_max=-0.1", "must be at least 0"),
+    ("mode.entropy_coef_delta=0.0", "must be above 0"),
+    ("mode.entropy_target=-0.1", "must be at least 0"),
+    ("mode.ref_model_sync_steps=0", "must be at least 1"),
+    ("mode.ref_model_mixup_alpha=0.0", "must be at most 1 and above 0"),
+    ("mode.vllm_server_timeout=0.0", "must be above 0"),
+    ("mode.vllm_max_model_length=0", "must be at least 1"),
+    ("mode.vllm_tensor_parallel_size=0", "must be at least 1"),
     ("mode.vllm_gpu_memory_utilization=0.0", "must be at most 1 and above 0"),
     ("mode.samples_per_log=-1", "must be at least 0"),
 ]
@@ -614,7 +670,6 @@ class Outcome:
 
 
 Outcomes = dict[str, Outcome]
-RL = "mode=rl task=arithmetic training.per_device_train_batch_size=32"
 RIGHT = "max_steps=1 wandb.mode=disabled"
 
 
