@@ -176,9 +176,10 @@ def prepare_task(run: Run) -> TaskData:
 def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> TaskData:
     from forgelm.models.load import load_reader, load_teacher_reader
     from forgelm.modes.arguments import use_bf16
-    from forgelm.tasks import of_kind, rows_of
+    from forgelm.tasks import metrics, of_kind, rows_of
 
     kind = config.task.kind
+    metrics.load(config.task.metrics)
     rows = rows_of(config, revisions.get("dataset"))
     point("preparation")
     stop.check()

@@ -9,6 +9,7 @@ from typing import Any
 
 from forgelm.config.lm_tasks import LM_EVAL, lm_eval_rows
 from forgelm.config.schema import (
+    MODES,
     DistillationLoss,
     KdConfig,
     Kind,
@@ -176,6 +177,8 @@ def _loss(config: RunConfig) -> str:
     mode = config.mode
     if isinstance(mode, RlConfig):
         return f"GRPO ({mode.loss_type}) on {', '.join(mode.rewards)}"
+    if mode.name not in MODES:
+        return f"that of mode={mode.name}"
     task = "cross-entropy" if config.task.problem is Problem.classification else "squared error"
     if not isinstance(mode, KdConfig) or not uses_teacher(config):
         return task
