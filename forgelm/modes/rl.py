@@ -43,6 +43,8 @@ from forgelm.training.trainer import Exact
 warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing`", category=FutureWarning)
 
 REFERENCE = "reference.pt"
+# trl's name for the copy of an adapter as it starts.
+_REFERENCE_ADAPTER = "ref"
 _OUR_KEYS = {
     "name",
     "rewards",
@@ -235,8 +237,13 @@ class GrpoTrainer(Exact, GRPOTrainer):
     def _plain_reference(self) -> Any:
         return self.accelerator.unwrap_model(self.ref_model)
 
+    def go_on(self, checkpoint: Path | None) -> None:
+        super().go_on(checkpoint)
+        if self.stopped is None and _REFERENCE_ADAPTER in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(_REFERENCE_ADAPTER)
+
     def begin(self) -> None:
-        if self.safety.world.first:
+        if self.safety.world.first and (self.samples_per_log or self.safety.paths.samples.exists()):
             kept = 0 if self._resumed is None else read_progress(self._resumed).samples_lines
             self._samples_lines = keep_lines(self.safety.paths.samples, kept)
         super().begin()
