@@ -66,7 +66,7 @@ def opening(
         if teacher is None
         else f"{_teacher_source(config)}, {parameters(teacher):,} parameters",
         "loss": _loss(config),
-        "steps": f"{steps:,} of {batch} rows; {training.optim}, learning rate "
+        "steps": f"{steps:,} of {batch} {_unit(config)}; {training.optim}, learning rate "
         f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "device": f"{device}, {precision}",
         "seed": str(config.seed),
@@ -76,8 +76,17 @@ def opening(
     return "\n".join([_RULE, *(f"{name:<9}{text}" for name, text in lines.items()), _RULE])
 
 
+def _unit(config: RunConfig) -> str:
+    """What a step is made of."""
+    if not isinstance(config.mode, RlConfig):
+        return "rows"
+    return f"completions, {config.mode.num_generations} a prompt"
+
+
 def _promise(config: RunConfig, device: str) -> str:
     """What may differ between this run interrupted and not."""
+    if isinstance(config.mode, RlConfig) and config.mode.use_vllm:
+        return "differ once it is interrupted: vLLM draws by generators of its own"
     if device == "cpu" or config.training.full_determinism:
         return "the same however often it is interrupted"
     return (

@@ -27,9 +27,8 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from forgelm.config.rewards import weights
 from forgelm.config.schema import RunConfig
-from forgelm.errors import RunError
+from forgelm.errors import ConfigError, RunError
 from forgelm.interrupt import point
-from forgelm.log import log
 from forgelm.modes.arguments import plain, training_arguments
 from forgelm.run.checkpoints import Progress, read_progress
 from forgelm.run.files import keep_lines
@@ -43,6 +42,8 @@ from forgelm.training.trainer import Exact
 warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing`", category=FutureWarning)
 
 REFERENCE = "reference.pt"
+# trl's name for the copy of an adapter as it starts.
+_REFERENCE_ADAPTER = "ref"
 _OUR_KEYS = {
     "name",
     "rewards",
@@ -56,32 +57,35 @@ _OUR_KEYS = {
 def build(
     config: RunConfig, task: TaskData, teacher: PreTrainedModel | None, parts: dict[str, Any]
 ) -> GrpoTrainer:
-    """The mode's trainer; see `forgelm.modes.builder`."""
+    """The mode's trainer; see `forgelm.modes.builder`.
+
+    Raises:
+        ConfigError: trl or peft can't do what the keys say together.
+    """
     mode, given = config.mode, parts["args"]
     keys = {key: value for key, value in plain(mode).items() if key not in _OUR_KEYS}
-    args = training_arguments(
-        config,
-        Path(given.output_dir),
-        given.metric_for_best_model,
-        GRPOConfig,
-        reward_weights=weights(mode),
-        **keys,
-    )
-    if mode.use_vllm:
-        log.warning(
-            "mode.use_vllm=true: vLLM draws by generators of its own, so a run that was "
-            "interrupted doesn't end with the same bytes"
-        )
     assert isinstance(task.scorer, Rewarded)
-    return GrpoTrainer(
-        model=parts["model"],
-        args=args,
-        train_dataset=parts["train_dataset"],
-        processing_class=task.reader,
-        reward_funcs=list(task.scorer.rewards),
-        safety=parts["safety"],
-        samples=mode.samples_per_log,
-    )
+    try:
+        args = training_arguments(
+            config,
+            Path(given.output_dir),
+            given.metric_for_best_model,
+            GRPOConfig,
+            reward_weights=weights(mode),
+            **keys,
+        )
+        return GrpoTrainer(
+            model=parts["model"],
+            args=args,
+            train_dataset=parts["train_dataset"],
+            processing_class=task.reader,
+            reward_funcs=list(task.scorer.rewards),
+            safety=parts["safety"],
+            samples=mode.samples_per_log,
+        )
+    except (ImportError, NotImplementedError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(f"mode=rl can't be trained like this: {said}") from error
 
 
 class GrpoTrainer(Exact, GRPOTrainer):
@@ -116,6 +120,9 @@ class GrpoTrainer(Exact, GRPOTrainer):
         self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+
+    def _send_telemetry(self) -> None:
+        """trl would tell its makers that a training has begun."""
 
     # Data
 
@@ -235,8 +242,13 @@ class GrpoTrainer(Exact, GRPOTrainer):
     def _plain_reference(self) -> Any:
         return self.accelerator.unwrap_model(self.ref_model)
 
+    def go_on(self, checkpoint: Path | None) -> None:
+        super().go_on(checkpoint)
+        if self.stopped is None and _REFERENCE_ADAPTER in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(_REFERENCE_ADAPTER)
+
     def begin(self) -> None:
-        if self.safety.world.first:
+        if self.safety.world.first and (self.samples_per_log or self.safety.paths.samples.exists()):
             kept = 0 if self._resumed is None else read_progress(self._resumed).samples_lines
             self._samples_lines = keep_lines(self.safety.paths.samples, kept)
         super().begin()
