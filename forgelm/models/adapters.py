@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from forgelm.config.extras import lacking
 from forgelm.config.schema import Kind, LoraSection, ModelConfig
 from forgelm.errors import ConfigError
+from forgelm.hub import explained
 from forgelm.run.checkpoints import file_hash
 from forgelm.run.files import read_json, write_json
 
@@ -124,15 +125,16 @@ def _json_in(path: str, revision: str | None, name: str) -> dict[str, Any] | Non
     else:
         from transformers.utils.hub import cached_file
 
-        found = cached_file(
-            path,
-            name,
-            revision=revision,
-            # Whoever loads what isn't there says why.
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        with explained(f"model {path}"):
+            found = cached_file(
+                path,
+                name,
+                revision=revision,
+                # Whoever loads what isn't there says why.
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
         file = None if found is None else Path(found)
     if file is None or not file.is_file():
         return None
