@@ -76,7 +76,7 @@ def opening(chat: Chat) -> Chat:
 
 def answered(chat: Chat) -> bool:
     """Whether a chat ends with an answer."""
-    return chat[-1]["role"] == "assistant"
+    return str(chat[-1]["role"]) == "assistant"
 
 
 def render(chat: Chat, tokenizer: Any, generate: bool) -> str:
