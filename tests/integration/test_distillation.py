@@ -171,8 +171,8 @@ def test_a_teacher_in_bfloat16_runs_in_bfloat16(
     seen: list[tuple[torch.dtype, bool, bool]] = []
     original = module.DistillationTrainer._teacher_logits
 
-    def look(self, teacher, inputs):  # type: ignore[no-untyped-def]
-        logits = original(self, teacher, inputs)
+    def look(self, teacher, inputs, targets):  # type: ignore[no-untyped-def]
+        logits = original(self, teacher, inputs, targets)
         seen.append((logits.dtype, teacher.training, logits.requires_grad))
         return logits
 
