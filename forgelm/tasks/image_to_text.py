@@ -178,5 +178,3 @@ def _picture(image: dict[str, Any]) -> Any:
         return images.read(image)
     except images.Unreadable as error:
         raise RunError(f"{image['path']}: {error}, though it could be read before") from error
-
-

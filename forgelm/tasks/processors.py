@@ -150,9 +150,7 @@ class Chatting:
         made["attention_mask"] = [[1] * len(row) for row in made["input_ids"]]
         for name, values in rows.items():
             made[name] = [row + [0] * len(more) for row, more in zip(values, answers, strict=True)]
-        wanted = [
-            [IGNORED] * len(row) + more for row, more in zip(ids, answers, strict=True)
-        ]
+        wanted = [[IGNORED] * len(row) + more for row, more in zip(ids, answers, strict=True)]
         return {
             **{name: padded(made[name], self._filling(name), multiple_of) for name in made},
             **_of_images(seen),
