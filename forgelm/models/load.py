@@ -83,7 +83,11 @@ def _reader(kind: Kind, path: str | Path, revision: str | None, remote_code: boo
     from transformers import AutoProcessor, AutoTokenizer
 
     auto = AutoProcessor if kind is Kind.image_to_text else AutoTokenizer
-    made = auto.from_pretrained(path, revision=revision, trust_remote_code=remote_code)
+    try:
+        made = auto.from_pretrained(path, revision=revision, trust_remote_code=remote_code)
+    except ImportError as error:
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: it needs a package that isn't installed: {said}") from error
     tokenizer = getattr(made, "tokenizer", made)
     if kind is not Kind.text_classification and tokenizer.pad_token_id is None:
         # Many models that write were trained without padding; what it is filled with isn't learnt.

@@ -83,7 +83,8 @@ def read(image: dict[str, Any]) -> Image.Image:
     if image["bytes"] is None and image["path"] is None:
         raise Unreadable("there is no image")
     try:
-        found = Feature().decode_example(image)
+        # Read here, because a file that turns out to be broken would be left open there.
+        found = Feature().decode_example({**image, "bytes": _bytes(image)})
     except FileNotFoundError:
         raise Unreadable("no such file") from None
     except UnidentifiedImageError:
@@ -96,7 +97,8 @@ def read(image: dict[str, Any]) -> Image.Image:
     if found.has_transparency_data:
         found = found.convert("RGBA")
         found = Image.alpha_composite(Image.new("RGBA", found.size, "white"), found)
-    return found.convert("RGB")
+    made: Image.Image = found.convert("RGB")
+    return made
 
 
 def _load(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
@@ -259,11 +261,16 @@ def _content(rows: Dataset) -> bytes:
     total = hashlib.sha256(json.dumps(rows[TEXT][:]).encode())
     for row in rows:
         stop.check()
-        content, path = row[IMAGE]["bytes"], row[IMAGE]["path"]
-        if content is None and path is not None and Path(path).is_file():
-            content = Path(path).read_bytes()
-        total.update(hashlib.sha256(content or b"").digest())
+        total.update(hashlib.sha256(_bytes(row[IMAGE]) or b"").digest())
     return total.digest()
+
+
+def _bytes(image: dict[str, Any]) -> bytes | None:
+    """The image's file, unless it is in an archive or isn't there."""
+    content: bytes | None = image["bytes"]
+    if content is None and Path(image["path"] or "").is_file():
+        content = Path(image["path"]).read_bytes()
+    return content
 
 
 def _image_files(folder: Path) -> list[Path]:
