@@ -246,9 +246,7 @@ NOTHING = "has only prompts, so there is nothing to compare with; name the answe
         (
             [*PAIRS, {"prompt": "1+1=", "completion": "two"}],
             ("mode.rewards=[numeric]", *ANSWERS),
-            [
-                "split train, row 65: there is no number in 'two'; the reward numeric needs one"
-            ],
+            ["split train, row 65: there is no number in 'two'; the reward numeric needs one"],
         ),
         (
             PAIRS,
