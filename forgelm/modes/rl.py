@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import align_special_tokens
 from trl import GRPOConfig, GRPOTrainer
@@ -60,9 +61,11 @@ def build(
     """The mode's trainer; see `forgelm.modes.builder`.
 
     Raises:
-        ConfigError: trl or peft can't do what the keys say together.
+        ConfigError: the model has too few positions, or trl or peft can't do what the keys say
+            together.
     """
     mode, given = config.mode, parts["args"]
+    check_positions(mode.max_completion_length, parts["train_dataset"], parts["model"])
     keys = {key: value for key, value in plain(mode).items() if key not in _OUR_KEYS}
     assert isinstance(task.scorer, Rewarded)
     try:
@@ -86,6 +89,18 @@ def build(
     except (ImportError, NotImplementedError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise ConfigError(f"mode=rl can't be trained like this: {said}") from error
+
+
+def check_positions(completion: int, prompts: Dataset, model: PreTrainedModel) -> None:
+    """Refuse completions (tokens) that the model has no positions for after the longest prompt."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts["input_ids"][:]))
+    if limit is not None and longest + completion > limit:
+        raise ConfigError(
+            f"mode.max_completion_length={completion}: with a prompt of {longest} tokens that is "
+            f"more than the {limit} that the model has positions for; lower it, or lower "
+            "task.max_length"
+        )
 
 
 class GrpoTrainer(Exact, GRPOTrainer):

@@ -37,8 +37,8 @@ def prepare(
     completion; the others are those of `causal_lm.encode`, with `prompt`.
 
     Raises:
-        ConfigError: the rows have no prompts, or not the answers that a reward or metric needs;
-            the model can't take prompt and completion; there are too few prompts.
+        ConfigError: the rows have no prompts, too few, or not the answers that a reward or metric
+            needs.
     """
     task, mode = config.task, config.mode
     check_length(reader, task.max_length, "the model")
@@ -51,7 +51,7 @@ def prepare(
     references = {name: _references(name, split) for name, split in splits.items()}
     _check_answers(config, rewards, references)
     train = _prompts(task, task.train_split, rows.train, references[task.train_split], reader)
-    _check_room(config, train, reader)
+    _check_count(config, train)
     held_out = {
         name: _prompts(task, name, split, None, reader)
         if references[name] is None
@@ -138,23 +138,13 @@ def _without_answer(
     return [*wrong[:_SHOWN], *([f"... and {more:,} more of this kind"] if more > 0 else [])]
 
 
-def _check_room(config: RunConfig, train: Dataset, reader: PreTrainedTokenizerBase) -> None:
-    mode, problems = config.mode, []
-    longest = max(map(len, train["input_ids"][:]))
-    if longest + mode.max_completion_length > reader.model_max_length:
-        problems.append(
-            f"mode.max_completion_length={mode.max_completion_length}: with a prompt of {longest} "
-            f"tokens that is more than the {reader.model_max_length} that the model takes; lower "
-            "it, or lower task.max_length"
-        )
+def _check_count(config: RunConfig, train: Dataset) -> None:
     round_ = round_of(config)
     if config.training.dataloader_drop_last and len(train) < round_.prompts:
-        problems.append(
+        raise ConfigError(
             f"training.dataloader_drop_last=true: {len(train)} prompts don't fill one generation "
             f"of {round_.prompts}; leave it out, or lower training.per_device_train_batch_size"
         )
-    if problems:
-        raise ConfigError(problems)
 
 
 def _prompts(

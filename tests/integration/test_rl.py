@@ -274,7 +274,7 @@ NOTHING = "has only prompts, so there is nothing to compare with; name the answe
             (*DIGITS, *REWARD, "mode.max_completion_length=509"),
             [
                 "mode.max_completion_length=509: with a prompt of 4 tokens that is more than the "
-                "512 that the model takes; lower it, or lower task.max_length"
+                "512 that the model has positions for; lower it, or lower task.max_length"
             ],
         ),
         (
