@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgelm.config.lm_tasks import problems
+from forgelm.config import lm_tasks
 from forgelm.config.schema import Kind, RunConfig
 from forgelm.config.validate import DATA_SUFFIXES
 from forgelm.errors import ConfigError
@@ -32,7 +32,7 @@ def evaluate_run(paths: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     config, metadata = complete(paths)
     asked = config.eval.lm_eval
-    found = list(problems(asked, config.task))
+    found = list(lm_tasks.problems(asked, config.task))
     if found:
         raise ConfigError(found)
     quiet_libraries()

@@ -143,8 +143,7 @@ class _InMemory(HFLM):
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         self.at_batch()
-        with torch.inference_mode():
-            return super()._model_generate(*args, **kwargs)
+        return super()._model_generate(*args, **kwargs)
 
 
 @contextlib.contextmanager

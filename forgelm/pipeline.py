@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm import stop
-from forgelm.config.lm_tasks import LM_EVAL, problems
+from forgelm.config import lm_tasks
+from forgelm.config.lm_tasks import LM_EVAL
 from forgelm.config.rewards import round_of
 from forgelm.config.schema import LoraSection, ModelConfig, RlConfig, RunConfig
 from forgelm.config.validate import uses_teacher
@@ -206,7 +207,7 @@ def prepare_harness(run: Run) -> Harness | None:
     asked = run.config.eval.lm_eval
     if not asked.tasks or not run.world.first:
         return None
-    found = list(problems(asked, run.config.task))
+    found = list(lm_tasks.problems(asked, run.config.task))
     if found:
         raise ConfigError(found)
     from forgelm.harness import Harness, fingerprint

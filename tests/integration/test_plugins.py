@@ -6,13 +6,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import TINY, only_run
+from conftest import TINY, Command, only_run
 
+from forgelm import plugins
+from forgelm.config.compose import register_schema
+from forgelm.config.modes import modes
 from forgelm.run.files import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +173,24 @@ def test_snippets_are_those_of_the_example() -> None:
 SUFFIXES = (".py", ".yaml", ".toml", ".md")
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Put a site's packages beside forgelm in this process, as if it began with them."""
+
+    def forget() -> None:
+        for cached in (plugins._points, plugins.folders, modes, register_schema):
+            cached.cache_clear()
+        for name in ("mine", "mine_trainer"):
+            sys.modules.pop(name, None)
+
+    def put(site: Path) -> None:
+        monkeypatch.syspath_prepend(str(site))
+        forget()
+
+    yield put
+    forget()
+
+
 def broken(folder: Path, name: str, group: str, place: str, **files: str) -> Path:
     """A site with a package `NAME` that adds `mine` to a group."""
     (folder / f"{name}-1.dist-info").mkdir(parents=True)
@@ -274,24 +295,34 @@ class Mine:
     ],
 )
 def test_a_broken_package_is_named(
-    group: str, place: str, files: dict[str, str], words: list[str], said: str, tmp_path: Path
+    group: str,
+    place: str,
+    files: dict[str, str],
+    words: list[str],
+    said: str,
+    tiny: Command,
+    beside: Callable[[Path], None],
+    tmp_path: Path,
 ) -> None:
-    folder = broken(tmp_path / "site", "other", group, place, **files)
+    beside(broken(tmp_path / "site", "other", group, place, **files))
     own = tmp_path / "own" / "mode"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("defaults:\n  - /_mode_mine@_here_\n")
-    done = run(tmp_path, folder, "train", *TINY, "max_steps=1", *words)
-    assert done.returncode == (2 if group == "forgelm.tasks" else 1)
-    (line,) = done.stderr.strip().splitlines()
+    done = tiny("max_steps=1", *words)
+    assert done.code == (2 if group == "forgelm.tasks" else 1)
+    (line,) = done.err.strip().splitlines()
     assert line.startswith(f"forgelm: {said}")
 
 
-def test_two_packages_with_one_name(tmp_path: Path) -> None:
+def test_two_packages_with_one_name(
+    tiny: Command, beside: Callable[[Path], None], tmp_path: Path
+) -> None:
     for name in ("one", "two"):
         site = broken(tmp_path / "site", name, "forgelm.metrics", f"{name}:mine")
-    done = run(tmp_path, site, "train", "task.metrics=[mine]")
-    assert done.returncode == 1
+    beside(site)
+    done = tiny("task.metrics=[mine]")
+    assert done.code == 1
     assert re.fullmatch(
         r"forgelm: (one and two|two and one) both add mine to forgelm.metrics: remove one of them",
-        done.stderr.strip(),
+        done.err.strip(),
     )
