@@ -103,12 +103,12 @@ def read(image: dict[str, Any]) -> Image.Image:
 
 def _load(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
     """The splits, and what they are known by where that needn't be made of their content."""
-    known = None
+    known, folder = None, _image_folder(task)
     if task.train_file is not None:
         files = {task.train_split: task.train_file, task.validation_splits[0]: task.validation_file}
         found = {name: _from_file(task, Path(str(path))) for name, path in files.items()}
-    elif task.dataset is not None and _is_image_folder(task.dataset):
-        found = _from_folder(task, Path(task.dataset).expanduser())
+    elif folder is not None:
+        found = _from_folder(task, folder)
     else:
         splits, known = load_splits(task, revision)
         found = {
@@ -118,21 +118,23 @@ def _load(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], s
     return {name: _normalised(task, f"split {name}", rows) for name, rows in found.items()}, known
 
 
-def _is_image_folder(name: str) -> bool:
-    return is_local(name) and _builder(name).name == "imagefolder"
-
-
-def _builder(folder: str) -> Any:
+def _image_folder(task: TaskConfig) -> dict[str, list[str]] | None:
+    """The files of each split of a folder of images, as `datasets` finds them; None for others."""
     from datasets import load_dataset_builder
 
+    if task.dataset is None or not is_local(task.dataset):
+        return None
     try:
-        return load_dataset_builder(str(Path(folder).expanduser()))
+        builder = load_dataset_builder(str(Path(task.dataset).expanduser()))
     except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"task.dataset={folder}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"task.dataset={task.dataset}: {str(error).splitlines()[0]}") from error
+    if builder.name != "imagefolder":
+        return None
+    return {str(split): list(files) for split, files in builder.config.data_files.items()}
 
 
-def _from_folder(task: TaskConfig, folder: Path) -> dict[str, Dataset]:
-    """The splits of an image folder, found as `datasets` finds them.
+def _from_folder(task: TaskConfig, files: dict[str, list[str]]) -> dict[str, Dataset]:
+    """The splits of a folder of images.
 
     The metadata files are read here, and not by `datasets`, which makes numbers of texts such as
     0042 and nothing of a text such as NA.
@@ -140,20 +142,20 @@ def _from_folder(task: TaskConfig, folder: Path) -> dict[str, Dataset]:
     from datasets import concatenate_datasets
 
     metadata = {
-        str(split): [Path(file) for file in files if Path(file).name in _METADATA]
-        for split, files in _builder(str(folder)).config.data_files.items()
+        split: [Path(file) for file in found if Path(file).name in _METADATA]
+        for split, found in files.items()
     }
     splits = {}
     for split in [task.train_split, *task.validation_splits]:
         if split not in metadata:
             raise ConfigError(
-                f"split {split}: {folder} has {', '.join(metadata)}; see task.train_split and "
-                "task.validation_splits"
+                f"split {split}: {task.dataset} has {', '.join(metadata)}; see task.train_split "
+                "and task.validation_splits"
             )
         if not metadata[split]:
             raise ConfigError(
-                f"split {split}: {folder} has images but no {' or '.join(_METADATA)} beside them; "
-                f"write one with the columns {FILE_NAME} and {task.text_column}"
+                f"split {split}: {task.dataset} has images but no {' or '.join(_METADATA)} beside "
+                f"them; write one with the columns {FILE_NAME} and {task.text_column}"
             )
         splits[split] = concatenate_datasets([_from_file(task, file) for file in metadata[split]])
     return splits
