@@ -125,7 +125,7 @@ def test_the_drill_proves_the_mode(installed: Installed) -> None:
 
 
 def test_the_reward_is_one_of_mode_rl(installed: Installed) -> None:
-    pytest.importorskip("forgelm.config.rewards")
+
     done = installed("train", "mode=rl", "task=roman", "mode.rewards=[similar,similr]")
     assert done.returncode == 1
     assert done.stderr.strip() == (
