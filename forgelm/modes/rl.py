@@ -66,6 +66,11 @@ def build(
     """
     mode, given = config.mode, parts["args"]
     check_positions(mode.max_completion_length, parts["train_dataset"], parts["model"])
+    if hasattr(parts["model"].get_output_embeddings(), "base_layer"):
+        raise ConfigError(
+            "model.lora.target_modules: names the model's head, whose weights GRPO reads past any "
+            "adapter, so it would learn nothing; leave the head out"
+        )
     keys = {key: value for key, value in plain(mode).items() if key not in _OUR_KEYS}
     assert isinstance(task.scorer, Rewarded)
     try:
