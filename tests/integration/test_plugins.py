@@ -92,7 +92,7 @@ def test_names_of_the_example_are_listed(installed: Installed) -> None:
         "forgelm: task.embedded=ramon: no such embedded data; there are nli_mini, arithmetic, "
         "ocr_digits, roman; did you mean roman?",
         "forgelm: task.metrics: similarty: no such metric; use perplexity, token_accuracy, "
-        "exact_match, cer, wer, similarity; did you mean similarity?",
+        "exact_match, cer, wer, reward, similarity; did you mean similarity?",
     ]
     done = installed("train", "mode.smoothing=0.1")
     assert done.stderr.strip() == (
