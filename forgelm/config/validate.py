@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from forgelm import plugins
+from forgelm.config.extras import lacking
 from forgelm.config.metrics import BUILT_IN, REWARD, answers, fitting
 from forgelm.config.modes import modes
 from forgelm.config.rewards import rewards, round_of
@@ -361,11 +362,14 @@ def _mode(config: RunConfig) -> Iterator[str]:
 
 def _rl(config: RunConfig, mode: RlConfig) -> Iterator[str]:
     task, training = config.task, config.training
-    for package, needed in (("trl", True), ("vllm", mode.use_vllm)):
-        if needed and find_spec(package) is None:
-            extra = "'forgelm[rl]'" if package == "trl" else package
-            key = "mode=rl" if package == "trl" else "mode.use_vllm=true"
-            yield f"{key} needs the package {package}: pip install {extra}"
+    problem = lacking("rl", "trl", "mode=rl")
+    if problem is not None:
+        yield problem
+    if mode.use_vllm and find_spec("vllm") is None:
+        yield (
+            "mode.use_vllm=true needs vllm, which isn't installed: pip install 'trl[vllm]', in "
+            "the version that trl wants"
+        )
     if task.kind is not Kind.causal_lm:
         yield (
             f"mode=rl with task.kind={task.kind}: rewards are for what a model writes; "

@@ -246,9 +246,7 @@ NOTHING = "has only prompts, so there is nothing to compare with; name the answe
         (
             [*PAIRS, {"prompt": "1+1=", "completion": "two"}],
             ("mode.rewards=[numeric]", *ANSWERS),
-            [
-                "split train, row 65: there is no number in 'two'; the reward numeric needs one"
-            ],
+            ["split train, row 65: there is no number in 'two'; the reward numeric needs one"],
         ),
         (
             PAIRS,
@@ -316,7 +314,9 @@ def test_without_trl_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "trl", None)
     done = forgelm("train", "mode=rl", "task=arithmetic")
     assert done.code == 1
-    assert done.err.strip() == ("forgelm: mode=rl needs the package trl: pip install 'forgelm[rl]'")
+    assert done.err.strip() == (
+        "forgelm: mode=rl needs trl, which isn't installed: pip install 'forgelm[rl]'"
+    )
 
 
 def test_weights_that_are_no_numbers_are_named(forgelm: Command, tmp_path: Path) -> None:

@@ -1,0 +1,12 @@
+"""What only some requests need, installed as extras of the package: found without importing it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+
+def lacking(extra: str, module: str, wanted: str) -> str | None:
+    """What to say where `wanted` (a key and its value) needs a module that isn't installed."""
+    if find_spec(module) is not None:
+        return None
+    return f"{wanted} needs {module}, which isn't installed: pip install 'forgelm[{extra}]'"
