@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LORA := model.lora.enabled=true model.lora.lora_dropout=0.1
 
 .PHONY: run test drill lint format bench clean
 
@@ -13,10 +14,17 @@ run: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# The proof of the promise, for both modes.
+# The proof of the promise, for each mode and kind of task, with adapters and augmentation.
 drill: $(READY)
 	$(BIN)/forgelm drill output_root=$(VENV)/drill
 	$(BIN)/forgelm drill mode=kd output_root=$(VENV)/drill
+	$(BIN)/forgelm drill mode=kd $(LORA) output_root=$(VENV)/drill
+	$(BIN)/forgelm drill task=arithmetic task.packing=true output_root=$(VENV)/drill
+	$(BIN)/forgelm drill task=arithmetic mode=kd output_root=$(VENV)/drill
+	$(BIN)/forgelm drill task=arithmetic mode=rl output_root=$(VENV)/drill
+	$(BIN)/forgelm drill task=arithmetic mode=rl $(LORA) output_root=$(VENV)/drill
+	$(BIN)/forgelm drill task=ocr_digits $(LORA) output_root=$(VENV)/drill
+	$(BIN)/forgelm drill task=ocr_digits mode=kd task.augmentation=1 output_root=$(VENV)/drill
 
 lint: $(READY)
 	$(BIN)/ruff check .

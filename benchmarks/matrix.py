@@ -62,6 +62,7 @@ SEQ2SEQ = (
     "task.max_new_tokens=4",
 )
 WRITER = ("mode=kd", "teacher=path", "teacher.path={root}/writer")
+LORA = ("model.lora.enabled=true", "model.lora.r=4", "model.lora.lora_dropout=0.1")
 # A round of generation is two prompts, completions of random letters are worth different sums.
 RL = (
     *CAUSAL,
@@ -149,6 +150,18 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "mode.use_adaptive_entropy=true",
         "mode.entropy_target=4.6",
     ),
+    "lora": (*LORA, "model.lora.bias=all"),
+    "lora-dora-best": (
+        *LORA,
+        "model.lora.use_dora=true",
+        "model.lora.use_rslora=true",
+        "training.load_best_model_at_end=true",
+    ),
+    "lora-kd-accumulation": (*LORA, *KD, *TWICE),
+    "lora-causal-dora": (*LORA, *CAUSAL, "model.lora.use_dora=true"),
+    "lora-causal-embeddings": (*LORA, *CAUSAL, "model.lora.modules_to_save=[embed_tokens]"),
+    "lora-seq2seq": (*LORA, *SEQ2SEQ),
+    "lora-activation-checkpointing": (*LORA, "training.activation_checkpointing=true"),
     "adamw-fused": ("training.optim=adamw_torch_fused",),
     "adafactor": ("training.optim=adafactor",),
     "sgd": ("training.optim=sgd", "training.learning_rate=0.1"),
@@ -175,6 +188,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "mode.beta=0.1",
         "launch.ranks_per_node=2",
     ),
+    "ranks-2-lora": (*LORA, "launch.ranks_per_node=2", "task.max_train_samples=63"),
     "ranks-2-kd": (*KD, "launch.ranks_per_node=2", "task.max_train_samples=63"),
 }
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import yaml
 
+from forgelm.config.lm_tasks import LM_EVAL, lm_eval_rows
 from forgelm.config.schema import KdConfig, Kind
 from forgelm.config.validate import uses_teacher
+from forgelm.hub import is_local
+from forgelm.models.adapters import OWN_BASE, Base
 from forgelm.run.lifecycle import EXTENDING, Run
 from forgelm.tasks.data import TaskData
 
@@ -19,16 +22,20 @@ _PIPELINES = {
 }
 
 
-def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
-    """A README.md with the hub's metadata header."""
+def model_card(run: Run, task: TaskData, results: dict[str, Any], base: Base | None) -> str:
+    """A README.md with the hub's metadata header; `base` is that of an adapter."""
     config = run.config
     header: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "transformers" if base is None else "peft",
         "pipeline_tag": _PIPELINES[config.task.kind],
         "tags": ["forgelm", config.mode.name, config.task.name],
     }
-    if config.model.path:
-        header["base_model"] = config.model.path
+    if base is not None:
+        header["tags"].append("lora")
+    start = config.model.path if base is None else base.path
+    # The hub refuses a card whose base isn't one of its own.
+    if start and not is_local(start):
+        header["base_model"] = start
     if config.task.dataset:
         header["datasets"] = [config.task.dataset]
     lines = [
@@ -37,6 +44,7 @@ def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
         f"Trained by forgelm, run `{run.run_id}`, seed {config.seed}.",
         "",
         f"- start: {config.model.path or 'fresh weights'}",
+        *([] if base is None else [f"- adapter: LoRA on {_place(run, base)}"]),
         f"- training rows: {'a stream' if config.task.streaming else f'{len(task.train):,}'}",
         f"- steps: {run.state.step:,}",
     ]
@@ -53,11 +61,31 @@ def model_card(run: Run, task: TaskData, results: dict[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n" + "\n".join(lines) + "\n"
 
 
+def _place(run: Run, base: Base) -> str:
+    if run.config.model.path is None:
+        return f"the weights in `{OWN_BASE}/`"
+    return base.path if base.revision is None else f"{base.path} at {base.revision}"
+
+
+def card_of_whole(card: str) -> str:
+    """An adapter's card, for the whole model that it was merged into."""
+    _, header, text = card.split("---\n", 2)
+    values = yaml.safe_load(header) | {"library_name": "transformers"}
+    text = text.replace("- adapter: LoRA on", "- adapter: LoRA, merged into")
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n{text}"
+
+
 def _table(results: dict[str, Any]) -> list[str]:
-    after = results["after"]["student"]
+    after = {**results["after"]["student"]}
+    measured = lm_eval_rows(after)
+    after.pop(LM_EVAL, None)
     names = list(next(iter(after.values())))
     rows = [f"| split | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for split, values in after.items():
         cells = ["-" if values[name] is None else f"{values[name]:.4f}" for name in names]
         rows.append(f"| {split} | {' | '.join(cells)} |")
+    if measured:
+        rows += ["", "By lm-eval:", "", "| task | metric | value |", "|---|---|---|"]
+    for task, metric, value in measured:
+        rows.append(f"| {task} | {metric} | {'-' if value is None else f'{value:.4f}'} |")
     return rows

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from forgelm.config.rewards import round_of
-from forgelm.config.schema import Interval, RlConfig, RunConfig, SaveInterval, WandbMode
+from forgelm.config.schema import (
+    Interval,
+    LmEvalConfig,
+    RlConfig,
+    RunConfig,
+    SaveInterval,
+    WandbMode,
+)
 from forgelm.errors import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -36,6 +43,7 @@ _SAVE_STEPS = 5
 _EVAL_ROWS = 48
 _TOKENS = 32
 _TEACHER_STEPS = 10
+_LM_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ def cases(config: RunConfig) -> list[Case]:
     """Every kind of interruption that the (small) config can meet."""
     steps = config.max_steps or STEPS
     evaluates = config.training.eval_strategy is not Interval.no
+    measures = bool(config.eval.lm_eval.tasks)
     # A save passes its point three times; in the second save there is a checkpoint to go back to.
     inside = 5 if steps > _SAVE_STEPS else 3
     return [
@@ -72,10 +81,12 @@ def cases(config: RunConfig) -> list[Case]:
         Case("training", "training", min(4, steps), "SIGTERM"),
         Case("training", "training", min(7, steps), "SIGKILL"),
         *_in_generation(config, steps),
+        *([Case("lm-eval before", "lm_eval_before", 1, "SIGTERM")] if measures else []),
         *([Case("evaluation in training", "evaluation", 1, "SIGUSR1")] if evaluates else []),
         Case("second epoch", "training", min(_EPOCH + 1, steps), "SIGUSR2"),
         Case("a save", "save", 2, "SIGTERM"),
         Case("a save", "save", inside, "SIGKILL"),
+        *([Case("lm-eval after", "lm_eval", 1, "SIGKILL")] if measures else []),
         Case("finalize", "finalize", 2, "SIGTERM"),
         Case("finalize", "finalize", 1, "SIGKILL"),
     ]
@@ -141,7 +152,7 @@ def small(config: RunConfig, root: Path) -> RunConfig:
             max_new_tokens=min(config.task.max_new_tokens, _TOKENS),
         ),
         mode=mode,
-        eval=replace(config.eval, before_training=True),
+        eval=replace(config.eval, before_training=True, lm_eval=_few(config.eval.lm_eval)),
         wandb=replace(config.wandb, mode=WandbMode.disabled),
         training=replace(
             training,
@@ -155,6 +166,12 @@ def small(config: RunConfig, root: Path) -> RunConfig:
             eval_steps=_SAVE_STEPS + 1 if evaluates else None,
             record_batches=True,
         ),
+    )
+
+
+def _few(asked: LmEvalConfig) -> LmEvalConfig:
+    return replace(
+        asked, limit=min(asked.limit or _LM_EXAMPLES, _LM_EXAMPLES) if asked.tasks else None
     )
 
 

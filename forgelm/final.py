@@ -6,9 +6,10 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from forgelm.config.schema import RunConfig
+from forgelm.config import lm_tasks
+from forgelm.config.schema import Kind, RunConfig
 from forgelm.config.validate import DATA_SUFFIXES
 from forgelm.errors import ConfigError
 from forgelm.log import quiet_libraries
@@ -16,19 +17,27 @@ from forgelm.run.files import read_json, write_text
 from forgelm.run.lifecycle import is_complete, load_sealed
 from forgelm.run.paths import RunPaths
 
+if TYPE_CHECKING:
+    from forgelm.models.load import Loaded
+
 PREDICTION_SUFFIXES = (".jsonl", ".csv")
 
 
-def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
-    """Loss and metrics of a complete run's final model on each evaluation split.
+def evaluate_run(paths: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A complete run's final model: loss and metrics on each evaluation split, and the metrics of
+    each of lm-eval's tasks that the run asks for.
 
     Raises:
-        ConfigError: the run isn't complete, or its data isn't as it was.
+        ConfigError: the run isn't complete, its data isn't as it was, or lm-eval isn't installed.
     """
-    config, metadata = _complete(paths)
+    config, metadata = complete(paths)
+    asked = config.eval.lm_eval
+    found = list(lm_tasks.problems(asked, config.task))
+    if found:
+        raise ConfigError(found)
     quiet_libraries()
     from forgelm.evaluate import evaluate
-    from forgelm.models.load import device_for, load_final
+    from forgelm.models.load import device_for
     from forgelm.tasks import of_kind, rows_of
 
     kind = config.task.kind
@@ -38,13 +47,22 @@ def evaluate_run(paths: RunPaths) -> dict[str, dict[str, float | None]]:
             f"the data of task {config.task.name} changed since {paths.root} was trained; "
             "restore it, or use `forgelm predict` on the new rows"
         )
-    final = load_final(paths.root, kind)
+    final = _final(paths, config, metadata)
     task = of_kind(kind).prepare(config, rows, final.reader, None, multiple_of=None)
     size, device = config.training.per_device_eval_batch_size, device_for(config.training)
-    return {
+    splits = {
         name: evaluate(final.model, split, task.scorer, size, device)
         for name, split in task.eval.items()
     }
+    if not asked.tasks:
+        return splits, {}
+    from forgelm.harness import Harness
+
+    harness = Harness(asked)
+    scores: dict[str, Any] = {}
+    for name in asked.tasks:
+        scores |= harness.measure(name, final.model, final.reader, kind, device)
+    return splits, scores
 
 
 def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
@@ -53,16 +71,17 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
     Raises:
         ConfigError: the run isn't complete, or a row or column isn't what the task reads.
     """
-    if data.suffix.lower() not in DATA_SUFFIXES:
+    config, metadata = complete(paths)
+    folder = data.is_dir() and config.task.kind is Kind.image_to_text
+    if not folder and data.suffix.lower() not in DATA_SUFFIXES:
         raise ConfigError(f"--data {data}: must end in one of {', '.join(DATA_SUFFIXES)}")
-    config, metadata = _complete(paths)
     quiet_libraries()
     from forgelm.evaluate import records_of
-    from forgelm.models.load import device_for, load_final
+    from forgelm.models.load import device_for
     from forgelm.tasks import of_kind
 
     kind, labels = of_kind(config.task.kind), metadata["labels"]
-    final = load_final(paths.root, config.task.kind)
+    final = _final(paths, config, metadata)
     asked = kind.asked(config, data, final.reader)
     _refuse_taken(data, list(asked.rows[0]), labels, output.suffix.lower())
     scorer = kind.scorer(config, labels, final.reader)
@@ -72,12 +91,20 @@ def predict_file(paths: RunPaths, data: Path, output: Path) -> int:
     return len(made)
 
 
-def _complete(paths: RunPaths) -> tuple[RunConfig, dict[str, Any]]:
+def complete(paths: RunPaths) -> tuple[RunConfig, dict[str, Any]]:
+    """The config and metadata of a run, which must be complete."""
     if not is_complete(paths):
         raise ConfigError(
             f"{paths.root} isn't complete; go on with it first: forgelm train resume={paths.root}"
         )
     return load_sealed(paths.root), read_json(paths.metadata)
+
+
+def _final(paths: RunPaths, config: RunConfig, metadata: dict[str, Any]) -> Loaded:
+    from forgelm.models.load import load_final
+
+    base = metadata["revisions"].get("base") or metadata["revisions"].get("model")
+    return load_final(paths.root, config.task.kind, config.model, metadata["labels"], base)
 
 
 def _refuse_taken(data: Path, columns: list[str], labels: list[str] | None, suffix: str) -> None:

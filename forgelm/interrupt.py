@@ -14,10 +14,12 @@ VARIABLE = "FORGELM_INTERRUPT"
 POINTS = (
     "preparation",
     "evaluation_before",
+    "lm_eval_before",
     "training",
     "generation",
     "evaluation",
     "save",
+    "lm_eval",
     "finalize",
 )
 

@@ -27,6 +27,8 @@ from forgelm.errors import (
 _POLL_S = 0.05
 # How long the others get to end by themselves once one has.
 _GRACE_S = 15.0
+LOST = ("gloo/", "NCCL")
+"""Words by which a rank's error says no more than that another one ended."""
 
 
 def together(plan: Any, ranks: int, log: Path) -> None:
@@ -137,6 +139,7 @@ def _report(ended: Sequence[int | None], said: Sequence[IO[bytes]], log: Path) -
             lines.append(f"killed by {signal.Signals(-code).name}")
         if not lines:
             continue
-        sys.stderr.write(f"forgelm: rank {rank}: {lines[-1]}\n")
+        if not any(word in lines[-1] for word in LOST):
+            sys.stderr.write(f"forgelm: rank {rank}: {lines[-1]}\n")
         with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as output:
             output.writelines(f"rank {rank}: {line}\n" for line in lines)

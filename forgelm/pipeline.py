@@ -6,19 +6,24 @@ import math
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgelm import stop
+from forgelm.config import lm_tasks
+from forgelm.config.lm_tasks import LM_EVAL
 from forgelm.config.rewards import round_of
-from forgelm.config.schema import RlConfig, RunConfig
+from forgelm.config.schema import LoraSection, ModelConfig, RlConfig, RunConfig
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError, RunError, Stopped
+from forgelm.export import MERGED, write_merged
 from forgelm.interrupt import point
 from forgelm.log import log, quiet_libraries, say
+from forgelm.memory import Doing, explained
 from forgelm.run.checkpoints import newest_whole, read_progress
-from forgelm.run.files import read_json, readable, write_json, write_text
+from forgelm.run.files import read_json, readable, write_json, write_text, written_aside
 from forgelm.run.lifecycle import Run, extend, start_session
 from forgelm.run.state import Stage
 from forgelm.world import join
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, TrainingArguments
 
+    from forgelm.harness import Harness
+    from forgelm.models.adapters import Base
     from forgelm.run.tracking import Tracker
     from forgelm.tasks.data import Scorer, TaskData
     from forgelm.training.trainer import Exact
@@ -37,8 +44,11 @@ _POINTS = {Stage.evaluation_before: "evaluation_before", Stage.finalize: "finali
 
 @dataclass
 class Models:
+    """`base` is what the student's adapters are for, None where all of it is trained."""
+
     student: PreTrainedModel
     teacher: PreTrainedModel | None
+    base: Base | None = None
 
 
 def pipeline(run: Run, distributed: bool = False) -> None:
@@ -53,6 +63,10 @@ def pipeline(run: Run, distributed: bool = False) -> None:
             say(_how_it_ended(run))
         start_session(run)
     run.share()
+    if run.config.model.load_in_4bit:
+        from forgelm.models.adapters import check_cuda
+
+        check_cuda()
     from forgelm.callbacks import duration
     from forgelm.report import closing
 
@@ -61,15 +75,18 @@ def pipeline(run: Run, distributed: bool = False) -> None:
     try:
         stop_here(run)
         task = prepare_task(run)
+        harness = prepare_harness(run)
         extend(run)
         stop_here(run)
-        models = load_models(run, task)
-        trainer = build_trainer(run, task, models)
+        with explained(run.config, Doing.loading):
+            models = load_models(run, task)
+            trainer = build_trainer(run, task, models)
         if run.world.first:
             say(opening_screen(run, task, models, trainer.args))
-        before = evaluate_before(run, task, models, trainer.args.device)
-        train(run, task, trainer, tracker, before)
-        results = finalize(run, task, trainer, tracker, before)
+        before = evaluate_before(run, task, models, trainer.args.device, harness)
+        with explained(run.config, Doing.training):
+            train(run, task, trainer, tracker, before)
+        results = finalize(run, task, trainer, tracker, before, models.base, harness)
         if run.world.first:
             say(closing(run.config, run.paths.root, results, duration(time.monotonic() - began)))
         code = 0
@@ -117,6 +134,7 @@ def read_config(run: Run) -> dict[str, Any]:
 def pin_revisions(run: Run) -> dict[str, str | None]:
     """The commit of each hub repository: pinned when the run first starts, the same ever after."""
     from forgelm.hub import pin
+    from forgelm.models import adapters
 
     known = run.metadata.get("revisions")
     if known is not None:
@@ -125,10 +143,22 @@ def pin_revisions(run: Run) -> dict[str, str | None]:
     revisions: dict[str, str | None] = {}
     if config.model.path:
         revisions["model"] = pin(config.model.path, config.model.revision, "model")
+        found = adapters.find(config.model.path, revisions["model"], config.model.base)
+        if found is not None:
+            revisions["base"] = pin(found.base, found.base_revision, "model")
+        elif config.model.base is not None:
+            raise ConfigError(
+                f"model.base={config.model.base} is only read where model.path is an adapter, and "
+                f"{config.model.path} isn't one; leave it out"
+            )
     if config.task.dataset:
         revisions["dataset"] = pin(config.task.dataset, config.task.revision, "dataset")
     if teacher.path:
         revisions["teacher"] = pin(teacher.path, teacher.revision, "model")
+    if teacher.path or teacher.run:
+        found = adapters.find(str(teacher.path or teacher.run), revisions.get("teacher"))
+        if found is not None:
+            revisions["teacher_base"] = pin(found.base, found.base_revision, "model")
     run.note(revisions=revisions)
     return revisions
 
@@ -147,9 +177,10 @@ def prepare_task(run: Run) -> TaskData:
 def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> TaskData:
     from forgelm.models.load import load_reader, load_teacher_reader
     from forgelm.modes.arguments import use_bf16
-    from forgelm.tasks import of_kind, rows_of
+    from forgelm.tasks import metrics, of_kind, rows_of
 
     kind = config.task.kind
+    metrics.load(config.task.metrics)
     rows = rows_of(config, revisions.get("dataset"))
     point("preparation")
     stop.check()
@@ -160,11 +191,36 @@ def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> 
             f"{known[:12]} is now {rows.fingerprint[:12]}): restore it, or give another run_name"
         )
     run.note(data_fingerprint=rows.fingerprint, labels=rows.labels)
-    reader, theirs = load_reader(config.model, kind, revisions.get("model")), None
+    model, base = revisions.get("model"), revisions.get("base")
+    reader, theirs = load_reader(config.model, kind, model, base), None
     if uses_teacher(config):
-        theirs = load_teacher_reader(config.teacher, kind, revisions.get("teacher"))
+        model, base = revisions.get("teacher"), revisions.get("teacher_base")
+        theirs = load_teacher_reader(config.teacher, kind, model, base)
     half = config.training.fp16 or use_bf16(config.training)
     made: TaskData = of_kind(kind).prepare(config, rows, reader, theirs, 8 if half else None)
+    return made
+
+
+def prepare_harness(run: Run) -> Harness | None:
+    """lm-eval's tasks with their data, for the first rank: what is wrong with them shows before
+    training. Refuses to go on with other definitions than the run began with."""
+    asked = run.config.eval.lm_eval
+    if not asked.tasks or not run.world.first:
+        return None
+    found = list(lm_tasks.problems(asked, run.config.task))
+    if found:
+        raise ConfigError(found)
+    from forgelm.harness import Harness, fingerprint
+
+    made = Harness(asked)
+    if asked.include_path is not None:
+        known, now = run.metadata.get("lm_eval_fingerprint"), fingerprint(Path(asked.include_path))
+        if known not in (None, now):
+            raise ConfigError(
+                f"the tasks in eval.lm_eval.include_path={asked.include_path} changed since the "
+                "run began: restore them, or give another run_name"
+            )
+        run.note(lm_eval_fingerprint=now)
     return made
 
 
@@ -177,17 +233,61 @@ def load_models(run: Run, task: TaskData) -> Models:
 
     config, revisions = run.config, run.metadata["revisions"]
     kind, labels = config.task.kind, task.rows.labels
+    chosen = with_own_base(run, task)
+    if chosen.lora != LoraSection() and not chosen.lora.enabled:
+        log.warning("model.lora has settings, but model.lora.enabled=false: no adapter is trained")
     set_seed(config.seed)
-    student = load_student(config.model, kind, revisions.get("model"), task.reader, labels)
+    at, base_at = revisions.get("model"), revisions.get("base")
+    student = load_student(chosen, kind, at, task.reader, labels, base_at)
     check_positions(student, config.task, "the model")
+    base = base_of(run, chosen, labels) if chosen.lora.enabled else None
     if config.task.packing:
         refuse_leak(student)
     if not uses_teacher(config):
-        return Models(student, None)
+        return Models(student, None, base)
     dtype = teacher_dtype(config.teacher)
-    teacher = load_teacher(config.teacher, kind, revisions.get("teacher"), labels, dtype)
+    at, base_at = revisions.get("teacher"), revisions.get("teacher_base")
+    teacher = load_teacher(config.teacher, kind, at, labels, dtype, base_at)
     check_positions(teacher, config.task, "the teacher")
-    return Models(student, teacher)
+    return Models(student, teacher, base)
+
+
+def with_own_base(run: Run, task: TaskData) -> ModelConfig:
+    """The student's config; adapters on fresh weights have those as their base, kept in the run."""
+    from transformers import set_seed
+
+    from forgelm.models.adapters import OWN_BASE
+    from forgelm.models.load import load_student
+
+    model, folder = run.config.model, run.paths.root / OWN_BASE
+    if model.path is not None or not model.lora.enabled:
+        return model
+    with run.world.first_then_others():
+        # A folder that the metadata don't know is left over from a request that was refused.
+        if run.world.first and "base_weights" not in run.metadata:
+            set_seed(run.config.seed)
+            plain = replace(model, lora=replace(model.lora, enabled=False))
+            kind, labels = run.config.task.kind, task.rows.labels
+            made = load_student(plain, kind, None, task.reader, labels)
+            with written_aside(folder) as beside:
+                made.save_pretrained(beside)
+                task.reader.save_pretrained(beside)
+    return replace(model, path=str(folder))
+
+
+def base_of(run: Run, model: ModelConfig, labels: list[str] | None) -> Base:
+    """The base of the student's adapters; refuses to go on with another than the run began with."""
+    from forgelm.models import adapters
+
+    base = adapters.base_of(model, run.metadata["revisions"], labels)
+    known = run.metadata.get("base_weights")
+    if known not in (None, base.weights):
+        raise ConfigError(
+            f"the base {base.path} changed since the run began (weights {known[:12]} are now "
+            f"{str(base.weights)[:12]}): restore it, or give another run_name"
+        )
+    run.note(base_weights=base.weights)
+    return base
 
 
 def build_trainer(run: Run, task: TaskData, models: Models) -> Exact:
@@ -253,7 +353,7 @@ def opening_screen(run: Run, task: TaskData, models: Models, arguments: Training
 
 
 def evaluate_before(
-    run: Run, task: TaskData, models: Models, device: torch.device
+    run: Run, task: TaskData, models: Models, device: torch.device, harness: Harness | None
 ) -> dict[str, Any] | None:
     """The student as it starts, and the teacher; what an earlier start measured is kept."""
     before: dict[str, Any] | None = known_evaluations(run)["before"]
@@ -272,7 +372,55 @@ def evaluate_before(
             scores = measured(run, model, rows, scorer, device)
             before = {**before, who: {**before.get(who, {}), split: scores}}
             keep_evaluations(run, before=before)
-    return before
+
+    def keep(student: dict[str, Any]) -> None:
+        keep_evaluations(run, before={**before, "student": student})
+
+    student = by_harness(run, task, models.student, device, harness, before["student"], keep)
+    return {**before, "student": student}
+
+
+def by_harness(
+    run: Run,
+    task: TaskData,
+    model: PreTrainedModel,
+    device: torch.device,
+    harness: Harness | None,
+    student: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The student's evaluations, with those of lm-eval's tasks that aren't among them yet.
+
+    The first rank measures, the others wait for it.
+    """
+    if not run.config.eval.lm_eval.tasks:
+        return student
+    place = "lm_eval_before" if run.state.stage is Stage.evaluation_before else "lm_eval"
+
+    def at_batch(done: bool = False) -> bool:
+        """All ranks meet here, until the first is done."""
+        stopping, done = run.world.agree(stop.requested() is not None, done)
+        if stopping:
+            raise Stopped(stop.requested() or "another rank was asked to stop")
+        return done
+
+    def at_own_batch() -> None:
+        point(place)
+        at_batch()
+
+    if harness is None:
+        while not at_batch():
+            pass
+    else:
+        for name in harness.missing(student.get(LM_EVAL, {})):
+            say(f"lm-eval: {name}")
+            kind = run.config.task.kind
+            with explained(run.config, Doing.lm_eval):
+                scores = harness.measure(name, model, task.reader, kind, device, at_own_batch)
+            student = {**student, LM_EVAL: {**student.get(LM_EVAL, {}), **scores}}
+            keep(student)
+        at_batch(done=True)
+    return run.world.share(student)
 
 
 def known_evaluations(run: Run) -> dict[str, Any]:
@@ -299,15 +447,16 @@ def measured(
     """A model on one of the run's evaluation splits, by all ranks together."""
     from forgelm.evaluate import evaluate
 
-    return evaluate(
-        model,
-        rows,
-        scorer,
-        run.config.training.per_device_eval_batch_size,
-        device,
-        world=run.world,
-        name=_POINTS.get(run.state.stage, "evaluation"),
-    )
+    with explained(run.config, Doing.evaluation):
+        return evaluate(
+            model,
+            rows,
+            scorer,
+            run.config.training.per_device_eval_batch_size,
+            device,
+            world=run.world,
+            name=_POINTS.get(run.state.stage, "evaluation"),
+        )
 
 
 def evaluations(config: RunConfig, before: Any, after: Any, peaks: Any) -> dict[str, Any]:
@@ -402,6 +551,8 @@ def finalize(
     trainer: Exact,
     tracker: Tracker,
     before: dict[str, Any] | None,
+    base: Base | None,
+    harness: Harness | None,
 ) -> dict[str, Any]:
     """Evaluate, and leave model, tokenizer, card and results; only then is the run complete."""
     from forgelm.callbacks import peaks
@@ -417,31 +568,45 @@ def finalize(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     stop_here(run)
     if run.world.first:
-        save_final(run, model, task)
+        save_final(run, model, task, base)
     after = (known_evaluations(run)["after"] or {}).get("student", {})
     for split, rows in task.eval.items():
         if split not in after:
             scores = measured(run, model, rows, task.scorer, trainer.args.device)
             after = {**after, split: scores}
             keep_evaluations(run, after={"student": after})
+
+    def keep(student: dict[str, Any]) -> None:
+        keep_evaluations(run, after={"student": student})
+
+    after = by_harness(run, task, model, trainer.args.device, harness, after, keep)
     stop_here(run)
     results = evaluations(config, before, {"student": after}, None)
     if run.world.first:
         results["peak"] = peaks(run.paths.metrics, config.task)
         write_json(run.paths.eval, results)
-        write_text(run.paths.root / "README.md", model_card(run, task, results))
+        write_text(run.paths.root / "README.md", model_card(run, task, results, base))
+        if config.model.lora.merge and base is not None:
+            write_merged(run.paths.root / MERGED, model, task.reader, run.paths.root / "README.md")
         tracker.summarize({"eval": results, "run_metadata": {**run.metadata, "sessions": None}})
         run.update(stage=Stage.done, pipeline_complete=True)
     return results
 
 
-def save_final(run: Run, model: PreTrainedModel, task: TaskData) -> None:
+def save_final(run: Run, model: PreTrainedModel, task: TaskData, base: Base | None) -> None:
     """Model and tokenizer at the run's root: written aside first, then moved file by file."""
+    from forgelm.models import adapters
+
     beside = Path(tempfile.mkdtemp(dir=run.paths.root, prefix=".final-"))
     try:
-        model.save_pretrained(beside)
+        if base is None:
+            model.save_pretrained(beside)
+        else:
+            adapters.save(model, beside, base)
         task.reader.save_pretrained(beside)
-        for file in sorted(beside.iterdir()):
+        files = sorted(beside.iterdir())
+        run.note(final_files=[file.name for file in files])
+        for file in files:
             readable(file)
             point("finalize")
             file.replace(run.paths.root / file.name)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from forgelm.config.lm_tasks import LM_EVAL, lm_eval_rows
 from forgelm.config.schema import (
+    MODES,
     DistillationLoss,
     KdConfig,
     Kind,
@@ -32,6 +34,15 @@ def parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _trained(model: Any) -> str:
+    """How many parameters a student has, and how many of them are trained if not all."""
+    every = parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained == every:
+        return f"{every:,} parameters"
+    return f"{trained:,} of {every:,} parameters trained ({100 * trained / every:.2g} %)"
+
+
 def opening(
     config: RunConfig,
     root: Path,
@@ -50,7 +61,7 @@ def opening(
     batch *= config.launch.ranks
     lines = {
         "task": f"{config.task.name}: train {train}, {held_out}; {_wanted(config, task)}",
-        "student": f"{_source(config.model.path, 'tiny')}, {parameters(student):,} parameters",
+        "student": f"{_source(config.model.path, 'tiny')}, {_trained(student)}",
         "teacher": "none"
         if teacher is None
         else f"{_teacher_source(config)}, {parameters(teacher):,} parameters",
@@ -94,8 +105,13 @@ def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str
         (results["before"] or {}).get("teacher"),
     )
     for split in after:
+        if split == LM_EVAL:
+            continue
         values = [_value(scores, split, metric) for scores in (before, after, teacher)]
         rows.append((f"{split} {metric}", *map(_number, values), _gap(*values)))
+    for task, name, _ in lm_eval_rows(after):
+        measured = [_value((scores or {}).get(LM_EVAL), task, name) for scores in (before, after)]
+        rows.append((f"{task} {name}", *map(_number, measured), "-", "-"))
     place = shlex.quote(_near(root))
     lines = [
         _RULE,
@@ -170,6 +186,8 @@ def _loss(config: RunConfig) -> str:
     mode = config.mode
     if isinstance(mode, RlConfig):
         return f"GRPO ({mode.loss_type}) on {', '.join(mode.rewards)}"
+    if mode.name not in MODES:
+        return f"that of mode={mode.name}"
     task = "cross-entropy" if config.task.problem is Problem.classification else "squared error"
     if not isinstance(mode, KdConfig) or not uses_teacher(config):
         return task

@@ -170,10 +170,14 @@ def _absolute(config: RunConfig) -> RunConfig:
         validation_file=_if_there(config.task.validation_file),
         dataset=_if_there(config.task.dataset),
     )
+    lm_eval = replace(config.eval.lm_eval, include_path=_if_there(config.eval.lm_eval.include_path))
     return replace(
         config,
         task=task,
-        model=replace(config.model, path=_if_there(config.model.path)),
+        eval=replace(config.eval, lm_eval=lm_eval),
+        model=replace(
+            config.model, path=_if_there(config.model.path), base=_if_there(config.model.base)
+        ),
         teacher=replace(config.teacher, path=_if_there(config.teacher.path)),
         output_root=str(Path(config.output_root).resolve()),
     )

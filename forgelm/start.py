@@ -13,7 +13,7 @@ from pathlib import Path
 from forgelm import stop
 from forgelm.config.schema import RunConfig, TeacherKind
 from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunError, RunInUse, Stopped
-from forgelm.launch import together
+from forgelm.launch import LOST, together
 from forgelm.log import log, say, set_up, to_file
 from forgelm.pipeline import pipeline
 from forgelm.resolve import Plan, resolve, sealed_plan, settle
@@ -110,7 +110,7 @@ def own(plan: Plan, distributed: bool = False) -> None:
                 reason = (
                     f"no space left for {plan.paths.root}; {_how_to_go_on(run)}, once there is some"
                 )
-            if run.world.size > 1 and any(word in reason for word in ("gloo/", "NCCL")):
+            if run.world.size > 1 and any(word in reason for word in LOST):
                 reason = f"another rank of this run ended; {_how_to_go_on(run)}"
             # On a full disk even this may fail, and must not hide the reason.
             with contextlib.suppress(OSError):

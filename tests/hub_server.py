@@ -1,11 +1,13 @@
 """A Hugging Face Hub on loopback, for tests that drive the real clients.
 
 It speaks the part of the protocol that ``huggingface_hub``, ``transformers`` and ``datasets``
-use to read repositories. Xet storage, gzip bodies, tags and uploads are left out.
+use to read repositories, and what it takes to make one and commit to it by LFS. Xet storage, gzip
+bodies and tags are left out.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -21,13 +23,16 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
+import yaml
+
 Kind = Literal["model", "dataset", "space"]
 Query = dict[str, list[str]]
 
+USER = "user"
 LFS_SUFFIXES = (".bin", ".parquet", ".safetensors")
 _DATE = "2024-01-01T00:00:00.000Z"
 _CHUNK = 1 << 20
-_OPERATIONS = "revision|tree|paths-info|refs|auth-check"
+_OPERATIONS = "revision|tree|paths-info|refs|auth-check|preupload|commit"
 _API = re.compile(
     rf"/api/(?P<kind>model|dataset|space)s/(?P<id>[^/]+(?:/(?!(?:{_OPERATIONS})(?:/|$))[^/]+)?)"
     rf"(?:/(?P<op>{_OPERATIONS})(?:/(?P<rest>.*))?)?"
@@ -36,6 +41,8 @@ _RESOLVE = re.compile(
     r"/(?:(?P<kind>dataset|space)s/)?(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<path>.+)"
 )
 _CDN = re.compile(r"/cdn/(?P<sha256>[0-9a-f]{64})")
+_LFS = re.compile(r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+_UPLOAD = re.compile(r"/upload/(?P<sha256>[0-9a-f]{64})")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -145,7 +152,8 @@ class HubServer:
     """A Hub that listens on a free loopback port for as long as its context is open.
 
     ``token``, when given, is the one valid token; it opens gated repositories, and any other is
-    refused. Without it every token is that of a user to whom no gated repository is open.
+    refused. Without it every token is that of a user to whom no gated repository is open. The user
+    is called ``USER`` and may write into repositories of that name's alone.
     """
 
     def __init__(
@@ -156,6 +164,8 @@ class HubServer:
         self._page_size = page_size
         self._lock = threading.Lock()
         self._repos: dict[tuple[str, str], Repo] = {}
+        self._uploads: dict[str, bytes] = {}
+        self.private: set[str] = set()
         self._log: list[tuple[str, str]] = []
         self._server = _Server(self)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
@@ -225,6 +235,15 @@ class HubServer:
             self._check_token(request)
             if match := _CDN.fullmatch(request.path):
                 return self._cdn(request, match["sha256"])
+            if match := _UPLOAD.fullmatch(request.path):
+                self._uploads[match["sha256"]] = request.body
+                return _json({})
+            if match := _LFS.fullmatch(request.path):
+                return self._lfs_batch(request, match["id"])
+            if request.path == "/api/validate-yaml":
+                return _validated(request)
+            if request.path == "/api/repos/create":
+                return self._create(request)
             if match := _API.fullmatch(request.path):
                 repo = self._repo(match["kind"], match["id"], request)
                 return self._api(request, repo, match["op"], match["rest"] or "")
@@ -268,6 +287,9 @@ class HubServer:
         if operation == "refs":
             main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.commits[-1].sha}
             return _json({"branches": [main], "converts": [], "tags": [], "pullRequests": []})
+        if operation in ("preupload", "commit"):
+            self._check_writer(request, repo.repo_id)
+            return _preupload(request) if operation == "preupload" else self._commit(request, repo)
         revision, _, directory = rest.partition("/")
         commit = repo.commit(unquote(revision) or "main")
         if operation == "tree":
@@ -277,6 +299,49 @@ class HubServer:
             entries = _entries(commit, "", expand=form.get("expand", [""])[0].lower() == "true")
             return _json([entries[path] for path in form.get("paths", []) if path in entries])
         return _json(_info(repo, commit, request))
+
+    def _check_writer(self, request: Request, repo_id: str) -> None:
+        if not request.headers.get("Authorization"):
+            raise HubError(401, "", "Invalid username or password.")
+        if not repo_id.startswith(f"{USER}/"):
+            owner = repo_id.partition("/")[0]
+            message = f"You don't have the rights to write under the namespace {owner}"
+            raise HubError(403, "", message)
+
+    def _create(self, request: Request) -> Response:
+        wanted = json.loads(request.body)
+        repo_id = f"{wanted['organization'] or USER}/{wanted['name']}"
+        self._check_writer(request, repo_id)
+        with self._lock:
+            known = ("model", repo_id) in self._repos
+        if not known:
+            self.add_repo("model", repo_id, {".gitattributes": b""})
+            if wanted.get("visibility") == "private":
+                self.private.add(repo_id)
+        return _json({"url": f"{self.url}/{repo_id}"}, 409 if known else 200)
+
+    def _lfs_batch(self, request: Request, repo_id: str) -> Response:
+        self._check_writer(request, unquote(repo_id))
+        objects = json.loads(request.body)["objects"]
+        for item in objects:
+            item["actions"] = {"upload": {"href": f"{self.url}/upload/{item['oid']}"}}
+        return _json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, request: Request, repo: Repo) -> Response:
+        header, *operations = map(json.loads, request.body.splitlines())
+        files: dict[str, bytes | Path] = {
+            path: blob.source for path, blob in repo.commits[-1].files.items()
+        }
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                files[value["path"]] = self._uploads[value["oid"]]
+        message = header["value"]["summary"]
+        sha = self.add_repo(repo.kind, repo.repo_id, files, message=message)
+        url = f"{self.url}/{repo.repo_id}/commit/{sha}"
+        return _json({"success": True, "commitOid": sha, "commitUrl": url})
 
     def _tree(self, request: Request, commit: Commit, directory: str) -> Response:
         found = _entries(commit, directory, expand=request.flag("expand"))
@@ -345,7 +410,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         return
@@ -375,6 +440,26 @@ class _Handler(BaseHTTPRequestHandler):
         if sent != int(response.headers.get("Content-Length", -1)):
             # The client would wait for the rest, or take the next answer for it.
             self.close_connection = True
+
+
+def _validated(request: Request) -> Response:
+    header = yaml.safe_load(json.loads(request.body)["content"].split("---\n")[1])
+    base = header.get("base_model", "a/b")
+    wrong = [] if base.count("/") <= 1 and not base.startswith("/") else ["base_model"]
+    errors = [{"message": f'"{name}" is not valid'} for name in wrong]
+    return _json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+
+def _preupload(request: Request) -> Response:
+    files = [
+        {
+            "path": file["path"],
+            "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
+            "shouldIgnore": False,
+        }
+        for file in json.loads(request.body)["files"]
+    ]
+    return _json({"files": files})
 
 
 def _chunks(source: bytes | Path, start: int, stop: int) -> Iterator[bytes]:

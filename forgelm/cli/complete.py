@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+from forgelm import plugins
 from forgelm.cli.main import COMMANDS
 from forgelm.config.compose import conf_dir
 
@@ -38,7 +39,7 @@ def complete(hydra: Callable[[], object]) -> str:
 
 
 def _experiments(line: str) -> list[str]:
-    folders = [conf_dir()]
+    folders = [conf_dir(), *plugins.folders().values()]
     with contextlib.suppress(ValueError):
         given = shlex.split(line)
         folders += [Path(b) for a, b in pairwise(given) if a in _CONFIG_DIR]

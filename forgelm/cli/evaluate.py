@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forgelm.cli.arguments import answer, check_output, parser
+from forgelm.config.lm_tasks import LM_EVAL, lm_eval_rows
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +28,8 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output:
         check_output(Path(arguments.output))
     paths = find_run(arguments.run, Path(arguments.output_root))
-    result = {"run": str(paths.root), "splits": evaluate_run(paths)}
+    splits, tasks = evaluate_run(paths)
+    result = {"run": str(paths.root), "splits": splits, **({LM_EVAL: tasks} if tasks else {})}
     if arguments.output:
         write_json(Path(arguments.output), result)
     return result
@@ -42,4 +44,8 @@ def _text(result: dict[str, Any]) -> str:
     for split, values in splits.items():
         cells = ("-" if value is None else f"{value:.4f}" for value in values.values())
         rows.append((split, *cells))
-    return table(rows)
+    measured = lm_eval_rows(result)
+    if not measured:
+        return table(rows)
+    found = ((task, metric, "-" if v is None else f"{v:.4f}") for task, metric, v in measured)
+    return f"{table(rows)}\n\n{table([('lm-eval task', 'metric', 'value'), *found])}"

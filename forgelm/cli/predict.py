@@ -16,8 +16,9 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument(
         "--data",
         required=True,
-        metavar="FILE",
-        help=".csv, .tsv, .json, .jsonl or .parquet, with the task's text columns",
+        metavar="PATH",
+        help=".csv, .tsv, .json, .jsonl or .parquet, with the columns that the task reads; for "
+        "text in images also a folder of images, or such a file with the column file_name",
     )
     made.add_argument(
         "--output",
@@ -35,8 +36,8 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
 
     set_up(arguments.debug, sys.stderr)
     data = Path(arguments.data)
-    output = Path(arguments.output or f"{data.stem}.predictions.jsonl")
-    if not data.is_file():
+    output = Path(arguments.output or f"{data.resolve().stem}.predictions.jsonl")
+    if not data.exists():
         raise ConfigError(f"--data {data}: no such file")
     if output.suffix.lower() not in PREDICTION_SUFFIXES:
         raise ConfigError(f"--output {output}: must end in {' or '.join(PREDICTION_SUFFIXES)}")

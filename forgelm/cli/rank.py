@@ -11,7 +11,7 @@ import time
 
 from forgelm import stop
 from forgelm.cli.main import complain
-from forgelm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRAINING_ERROR, ForgeError
+from forgelm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRAINING_ERROR, ForgeError, RunError
 from forgelm.log import set_up
 from forgelm.start import follow, own
 
@@ -31,7 +31,12 @@ def main() -> int:
                 logging.getLogger().setLevel(logging.ERROR)
                 follow(plan)
     except ForgeError as error:
-        return complain(error) if rank == 0 else error.exit_code
+        if rank == 0:
+            return complain(error)
+        if isinstance(error, RunError):
+            # What this rank alone may know; the launcher passes it on.
+            print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:

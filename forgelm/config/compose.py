@@ -13,13 +13,16 @@ import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import ConfigCompositionException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from forgelm import plugins
 from forgelm.config.modes import modes
 from forgelm.config.schema import RunConfig
 
@@ -36,18 +39,28 @@ def conf_dir() -> Path:
 
 @cache
 def register_schema() -> None:
-    """Make the dataclasses known to Hydra, under names that no group offers as a choice."""
+    """Make the dataclasses known to Hydra, under names that no group offers as a choice, and the
+    folders of configs that other packages add."""
+    Plugins.instance().register(_Folders)
     store = ConfigStore.instance()
     store.store("_run", RunConfig)
     for name, node in modes().items():
         store.store(f"_mode_{name}", node)
 
 
+class _Folders(SearchPathPlugin):
+    """Adds the folders after forgelm's own, in every way in which Hydra composes."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for package, folder in plugins.folders().items():
+            search_path.append(package, f"file://{folder}")
+
+
 @dataclass(frozen=True)
 class Request:
     """What was typed: overrides as Hydra reads them, and where configs are looked for.
 
-    `config_dir` is searched after `config_path` (None: the shipped configs).
+    `config_dir` is searched after `config_path` (None: the shipped configs) and other packages'.
     """
 
     overrides: tuple[str, ...] = ()
@@ -58,7 +71,8 @@ class Request:
 
     def folders(self) -> list[Path]:
         """Where groups are looked up, in Hydra's order."""
-        found = [self.config_path or conf_dir(), self.config_dir]
+        others = plugins.folders().values()
+        found = [self.config_path or conf_dir(), *others, self.config_dir]
         return [folder for folder in found if folder is not None]
 
     def loader(self) -> ConfigLoaderImpl:

@@ -215,7 +215,8 @@ class TaskConfig:
     greater_is_better: bool = True
     """Of the first metric."""
     max_length: int = option(128, min=4)
-    """Tokens; what is longer is truncated, the longer text of a pair first."""
+    """Tokens; what is longer is truncated, the longer text of a pair first. For image_to_text, of
+    the text alone."""
     streaming: bool = False
     """Read the training rows as they are needed, in their order, instead of all beforehand. Needs
     max_steps, and the labels given or declared by the data set."""
@@ -253,11 +254,14 @@ class LoraSection:
     lora_alpha: int = option(32, min=1)
     lora_dropout: float = option(0.0, min=0, below=1)
     target_modules: list[str] | None = None
-    """Null: peft's choice for the architecture, else every linear layer but the head."""
+    """Null: peft's choice for the architecture, else every linear layer but the head, which is
+    what [all-linear] asks for too."""
     modules_to_save: list[str] | None = None
     bias: LoraBias = LoraBias.none
     use_dora: bool = False
     use_rslora: bool = False
+    merge: bool = option(False, decides=False)
+    """Leave the whole model too, in `merged/`."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from forgelm import plugins
+from forgelm.config import lm_tasks
 from forgelm.config.extras import lacking
 from forgelm.config.metrics import BUILT_IN, REWARD, answers, fitting
 from forgelm.config.modes import modes
@@ -41,6 +42,8 @@ EMBEDDED = {
     "arithmetic": Kind.causal_lm,
     "ocr_digits": Kind.image_to_text,
 }
+# What a folder with a model has; one with an adapter alone has the second.
+_MODEL_FILES = ("config.json", "adapter_config.json")
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -61,11 +64,14 @@ def check(config: RunConfig) -> list[str]:
         _names,
         _task_source,
         _task_kind,
+        _images,
         _folders,
         _task_metrics,
         _teacher,
         _mode,
         _training,
+        _lm_eval,
+        _adapters,
     ):
         problems += rule(config)
     return problems
@@ -210,6 +216,8 @@ _READ_BY = {
     "as_chat": (Kind.causal_lm,),
     "system_prompt": (Kind.causal_lm,),
     "packing": (Kind.causal_lm,),
+    "image_column": (Kind.image_to_text,),
+    "instruction": (Kind.image_to_text,),
     "augmentation": (Kind.image_to_text,),
 }
 
@@ -246,10 +254,27 @@ def _task_kind(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _images(config: RunConfig) -> Iterator[str]:
+    task, sampling = config.task, config.training.train_sampling_strategy
+    needed = {
+        f"task.kind={task.kind}": ("PIL", task.kind is Kind.image_to_text),
+        f"task.metrics=[{','.join(task.metrics)}]": ("jiwer", {"cer", "wer"} & set(task.metrics)),
+    }
+    for what, (module, used) in needed.items():
+        if used and find_spec(module) is None:
+            yield f"{what} needs the extra ocr: pip install 'forgelm[ocr]'"
+    if task.kind is Kind.image_to_text and sampling is Sampling.group_by_length:
+        yield (
+            "training.train_sampling_strategy=group_by_length: images aren't of different lengths; "
+            "use random"
+        )
+
+
 def _folders(config: RunConfig) -> Iterator[str]:
     """Paths that can only be folders here, not hub ids."""
     paths = {
         "model.path": config.model.path,
+        "model.base": config.model.base,
         "teacher.path": config.teacher.path,
         "task.dataset": config.task.dataset,
     }
@@ -258,10 +283,47 @@ def _folders(config: RunConfig) -> Iterator[str]:
             continue
         folder = Path(str(path)).expanduser()
         if folder.is_dir():
-            if key != "task.dataset" and not (folder / "config.json").is_file():
-                yield f"{key}={path}: the folder has no config.json; give a saved model's folder"
+            names = () if key == "task.dataset" else _MODEL_FILES[: 1 if key == "model.base" else 2]
+            if names and not any((folder / name).is_file() for name in names):
+                yield (
+                    f"{key}={path}: the folder has no {' or '.join(names)}; give a saved model's "
+                    "folder"
+                )
         elif str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
             yield f"{key}={path}: no such folder (looked in {Path.cwd()}), and not a hub id"
+
+
+def _adapters(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.base is not None and model.path is None:
+        yield f"model.base={model.base} is only read where model.path is an adapter"
+    if model.lora.enabled:
+        yield from _said(lacking("lora", "peft", "model.lora.enabled=true"))
+    for key, path in (("model", model.path), ("teacher", config.teacher.path)):
+        if path and path != MISSING and (Path(path).expanduser() / _MODEL_FILES[1]).is_file():
+            yield from _said(lacking("lora", "peft", f"{key}.path={path} is an adapter, which"))
+    if not model.load_in_4bit:
+        return
+    if not model.lora.enabled:
+        yield (
+            "model.load_in_4bit=true needs model.lora.enabled=true: weights in 4 bits can't be "
+            "trained, only adapters on them"
+        )
+    if model.path is None:
+        yield "model.load_in_4bit=true needs model.path: fresh weights aren't held in 4 bits"
+    if config.training.use_cpu:
+        yield "model.load_in_4bit=true needs a CUDA GPU: drop it, or drop training.use_cpu"
+    if model.lora.merge:
+        yield (
+            "model.lora.merge=true with model.load_in_4bit=true: merging into 4 bits loses what "
+            "was learnt; merge afterwards with forgelm export RUN --merge"
+        )
+    yield from _said(lacking("quant", "bitsandbytes", "model.load_in_4bit=true"))
+
+
+def _said(problem: str | None) -> Iterator[str]:
+    if problem is not None:
+        yield problem
 
 
 def _task_metrics(config: RunConfig) -> Iterator[str]:
@@ -492,3 +554,7 @@ def _training(config: RunConfig) -> Iterator[str]:
             f"model.tiny.num_attention_heads={heads}: must divide "
             f"model.tiny.hidden_size={tiny.hidden_size}"
         )
+
+
+def _lm_eval(config: RunConfig) -> Iterator[str]:
+    yield from lm_tasks.problems(config.eval.lm_eval, config.task)

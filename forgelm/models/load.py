@@ -19,10 +19,13 @@ from forgelm.config.schema import (
 )
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
-from forgelm.models import tiny
+from forgelm.log import say
+from forgelm.models import adapters, tiny
+from forgelm.models.adapters import Adapter
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 _AUTO = {
@@ -41,26 +44,50 @@ class Loaded:
     reader: Any
 
 
-def load_reader(config: ModelConfig, kind: Kind, revision: str | None) -> Any:
-    """The student's tokenizer, or processor for images; for `path: null` the tiny models'."""
+def load_reader(
+    config: ModelConfig, kind: Kind, revision: str | None, base_revision: str | None = None
+) -> Any:
+    """The student's tokenizer, or processor for images; for `path: null` the tiny models'.
+
+    `base_revision` is the commit of the base, for an adapter.
+    """
     if config.path is None:
         return tiny.reader(kind)
     with explained_model(f"model {config.path}"):
-        return _reader(kind, config.path, revision, config.trust_remote_code)
+        adapter = adapters.find(config.path, revision, config.base)
+        path, revision = _with_reader(config.path, revision, adapter, base_revision)
+        return _reader(kind, path, revision, config.trust_remote_code)
 
 
-def load_teacher_reader(config: TeacherConfig, kind: Kind, revision: str | None) -> Any:
+def load_teacher_reader(
+    config: TeacherConfig, kind: Kind, revision: str | None, base_revision: str | None = None
+) -> Any:
     """The teacher's tokenizer or processor."""
     path = str(config.path or config.run)
     with explained_model(f"teacher {path}"):
+        adapter = adapters.find(path, revision)
+        path, revision = _with_reader(path, revision, adapter, base_revision)
         return _reader(kind, path, revision, config.trust_remote_code)
+
+
+def _with_reader(
+    path: str, revision: str | None, adapter: Adapter | None, base_revision: str | None
+) -> tuple[str, str | None]:
+    """Where the tokenizer or processor lies: some adapters leave it to their base."""
+    if adapter is None or adapters.has_reader(path, revision):
+        return path, revision
+    return adapter.base, base_revision
 
 
 def _reader(kind: Kind, path: str | Path, revision: str | None, remote_code: bool) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     auto = AutoProcessor if kind is Kind.image_to_text else AutoTokenizer
-    made = auto.from_pretrained(path, revision=revision, trust_remote_code=remote_code)
+    try:
+        made = auto.from_pretrained(path, revision=revision, trust_remote_code=remote_code)
+    except ImportError as error:
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: it needs a package that isn't installed: {said}") from error
     tokenizer = getattr(made, "tokenizer", made)
     if kind is not Kind.text_classification and tokenizer.pad_token_id is None:
         # Many models that write were trained without padding; what it is filled with isn't learnt.
@@ -69,37 +96,113 @@ def _reader(kind: Kind, path: str | Path, revision: str | None, remote_code: boo
 
 
 def load_student(
-    config: ModelConfig, kind: Kind, revision: str | None, reader: Any, labels: Sequence[str] | None
-) -> PreTrainedModel:
-    """The student, its weights in `model.dtype`.
+    config: ModelConfig,
+    kind: Kind,
+    revision: str | None,
+    reader: Any,
+    labels: Sequence[str] | None,
+    base_revision: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """The student, its weights in `model.dtype`; with `model.lora.enabled` frozen under adapters.
 
     For classification it has a head for `labels` (None: one regression output). Weights that the
-    checkpoint lacks come from torch's generator: seed it first.
+    checkpoint lacks, and new adapters, come from torch's generator: seed it first. Where
+    `model.path` is an adapter, it is trained further, or merged into its base, whose commit
+    `base_revision` is.
 
     Raises:
-        ConfigError: the checkpoint lacks weights of a model that writes.
+        ConfigError: the checkpoint lacks weights of a model that writes; an adapter doesn't fit.
     """
     import torch
 
     head = _head(labels) if kind is Kind.text_classification else {}
     if config.path is None:
         return tiny.model(kind, config.tiny, reader, head)
+    how = {
+        "dtype": getattr(torch, config.dtype.name),
+        "trust_remote_code": config.trust_remote_code,
+        **(adapters.in_4bit() if config.load_in_4bit else {}),
+    }
     with explained_model(f"model {config.path}"):
-        model, loading = _auto(kind).from_pretrained(
-            config.path,
-            revision=revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=getattr(torch, config.dtype.name),
-            ignore_mismatched_sizes=bool(head),
-            output_loading_info=True,
-            **head,
-        )
-    if kind is not Kind.text_classification and loading["missing_keys"]:
+        adapter = adapters.find(config.path, revision, config.base)
+        if adapter is not None:
+            return _adapted_student(config, adapter, kind, base_revision, head, how)
+        model, fresh = _pretrained(kind, config.path, revision, head, how)
+        if kind is not Kind.text_classification and fresh:
+            raise ConfigError(
+                f"model {config.path}: its checkpoint lacks {_few(fresh)}, so it "
+                f"can't write; choose a model for task.kind={kind}"
+            )
+        if not config.lora.enabled:
+            return model
+        if config.load_in_4bit:
+            model = adapters.prepared_4bit(model)
+        return adapters.new(model, config.lora, kind, fresh)
+
+
+def _adapted_student(
+    config: ModelConfig,
+    adapter: Adapter,
+    kind: Kind,
+    base_revision: str | None,
+    head: dict[str, Any],
+    how: dict[str, Any],
+) -> PreTrainedModel | PeftModel:
+    further = config.lora.enabled
+    if further:
+        adapters.check_trainable(adapter, config.lora, kind)
+    what = "goes on being trained" if further else "is merged into it, and all is trained"
+    at = "" if base_revision is None else f" at {base_revision[:12]}"
+    say(f"model {adapter.path} is an adapter of {adapter.base}{at}; it {what}")
+    if further:
+        return _adapted(adapter, kind, base_revision, head, how, trainable=True)
+    # A head that neither has is trained with the rest.
+    return adapters.merged(_adapted(adapter, kind, base_revision, head, how, whole=False))
+
+
+def _adapted(
+    adapter: Adapter,
+    kind: Kind,
+    base_revision: str | None,
+    head: dict[str, Any],
+    how: dict[str, Any],
+    trainable: bool = False,
+    whole: bool = True,
+) -> PeftModel:
+    """An adapter on its base; `whole`: the two must hold all weights of the model.
+
+    Raises:
+        ConfigError: the base is another than the one it was trained on, or can't be used.
+    """
+    base, fresh = _pretrained(kind, adapter.base, base_revision, head, how)
+    adapters.check_base(adapter, base_revision)
+    untrained = adapters.beside(base, adapter, fresh)
+    if untrained and whole:
         raise ConfigError(
-            f"model {config.path}: its checkpoint lacks {_few(loading['missing_keys'])}, so it "
-            f"can't write; choose a model for task.kind={kind}"
+            f"adapter {adapter.path}: neither it nor its base {adapter.base} holds "
+            f"{_few(untrained)}; choose an adapter for task.kind={kind}"
         )
-    return model
+    if how.get("quantization_config"):
+        base = adapters.prepared_4bit(base)
+    return adapters.put_on(base, adapter, trainable)
+
+
+def _pretrained(
+    kind: Kind, path: str, revision: str | None, head: dict[str, Any], how: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model, and the names of its weights that the checkpoint lacks or has in other shapes."""
+    model, loading = _auto(kind).from_pretrained(
+        path,
+        revision=revision,
+        ignore_mismatched_sizes=bool(head),
+        output_loading_info=True,
+        **head,
+        **how,
+    )
+    if kind is Kind.image_to_text:
+        _settle_marks(model, f"model {path}")
+    mismatched = {name for name, *_ in loading["mismatched_keys"]}
+    return model, {*_missing(loading), *mismatched}
 
 
 def load_teacher(
@@ -108,25 +211,29 @@ def load_teacher(
     revision: str | None,
     labels: Sequence[str] | None,
     dtype: torch.dtype,
+    base_revision: str | None = None,
 ) -> PreTrainedModel:
     """The teacher in eval mode, without gradients, its outputs in the order of the task's labels.
+
+    An adapter is merged into its base, whose commit `base_revision` is.
 
     Raises:
         ConfigError: weights are missing, or the labels can't be matched.
     """
     path = str(config.path or config.run)
+    how = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     with explained_model(f"teacher {path}"):
-        model, loading = _auto(kind).from_pretrained(
-            path,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    if loading["missing_keys"]:
+        adapter = adapters.find(path, revision)
+        if adapter is not None:
+            head = _head_of(adapter, kind, labels)
+            model = adapters.merged(_adapted(adapter, kind, base_revision, head, how))
+            missing: set[str] = set()
+        else:
+            model, missing = _pretrained(kind, path, revision, {}, how)
+    if missing:
         aim = "to classify" if kind is Kind.text_classification else "to write"
         raise ConfigError(
-            f"teacher {path}: its checkpoint lacks {_few(loading['missing_keys'])}, "
+            f"teacher {path}: its checkpoint lacks {_few(missing)}, "
             f"so it was never trained {aim}; choose a teacher of this task"
         )
     if kind is Kind.text_classification:
@@ -136,6 +243,13 @@ def load_teacher(
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _head_of(adapter: Adapter, kind: Kind, labels: Sequence[str] | None) -> dict[str, Any]:
+    """The head of an adapter's base: as forgelm noted it, else the task's."""
+    if kind is not Kind.text_classification:
+        return {}
+    return _head(labels if adapter.record is None else adapter.record.labels)
 
 
 def check_positions(model: PreTrainedModel, task: TaskConfig, name: str) -> None:
@@ -149,20 +263,44 @@ def check_positions(model: PreTrainedModel, task: TaskConfig, name: str) -> None
     if task.kind is Kind.causal_lm and answers(task):
         needed += task.max_new_tokens
         words += f" and task.max_new_tokens={task.max_new_tokens}"
+    if task.kind is Kind.image_to_text and answers(task) and task.max_new_tokens > needed:
+        needed, words = task.max_new_tokens, f"task.max_new_tokens={task.max_new_tokens}"
     if limit is not None and needed > limit:
         raise ConfigError(
             f"{words}: {name} has positions for {limit} tokens, and these need {needed}; "
-            "lower task.max_length"
+            f"lower {words.split('=')[0]}"
         )
 
 
-def load_final(folder: Path, kind: Kind) -> Loaded:
-    """The model, and what feeds it, that a run left in its directory."""
+def load_final(
+    folder: Path,
+    kind: Kind,
+    config: ModelConfig,
+    labels: Sequence[str] | None,
+    base_revision: str | None,
+) -> Loaded:
+    """The model, and what feeds it, that a run of this config left in its directory.
+
+    An adapter isn't merged: it is measured as it was trained, its base in `model.dtype`.
+
+    Raises:
+        ConfigError: an adapter's base is gone, or isn't as it was.
+    """
     import torch
 
     with explained_model(f"run {folder}"):
         reader = _reader(kind, folder, None, False)
-        model = _auto(kind).from_pretrained(folder, dtype=torch.float32)
+        adapter = adapters.find(str(folder), None, config.base)
+        if adapter is None:
+            model = _auto(kind).from_pretrained(folder, dtype=torch.float32)
+        else:
+            how = {
+                "dtype": getattr(torch, config.dtype.name),
+                "trust_remote_code": config.trust_remote_code,
+                **(adapters.in_4bit() if config.load_in_4bit else {}),
+            }
+            head = _head_of(adapter, kind, labels)
+            model = _adapted(adapter, kind, base_revision, head, how)
     return Loaded(model, reader)
 
 
@@ -170,6 +308,37 @@ def _auto(kind: Kind) -> Any:
     import transformers
 
     return getattr(transformers, _AUTO[kind])
+
+
+def _missing(loading: dict[str, Any]) -> list[str]:
+    """Weights that the checkpoint lacks and the model uses: a decoder never asks for the pooled
+    output of the encoder before it, and TrOCR's checkpoints have no weights for that."""
+    return [name for name in loading["missing_keys"] if not name.startswith("encoder.pooler.")]
+
+
+def _settle_marks(model: Any, name: str) -> None:
+    """Let a vision encoder-decoder know which tokens begin, end and fill a text: published ones
+    often say it of their decoder alone.
+
+    Raises:
+        ConfigError: the checkpoint says it nowhere.
+    """
+    decoder = getattr(model.config, "decoder", None)
+    if decoder is None:
+        return
+    for mark in ("decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
+        places = (model.config, model.generation_config, decoder)
+        known = [getattr(place, mark, None) for place in places]
+        value = next((found for found in known if found is not None), None)
+        for place, found in zip(places[:2], known, strict=False):
+            if found is None:
+                setattr(place, mark, value)
+    for mark in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(model.config, mark) is None:
+            raise ConfigError(
+                f"{name}: its config has no {mark}, so it can't be trained to write; "
+                "choose another model"
+            )
 
 
 def _few(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from forgelm import __version__
 from forgelm.log import log
-from forgelm.run.files import flush_folder, readable, write_text
+from forgelm.run.files import flush, flush_folder, readable, write_text
 from forgelm.run.paths import RunPaths, checkpoint_step
 
 FORMAT = 1
@@ -75,7 +75,7 @@ def write_checkpoint(
     try:
         for path in (paths.metrics, paths.samples):
             if path.is_file():
-                _flush(path)
+                flush(path)
         write_files(beside)
         (beside / PROGRESS).write_text(json.dumps(asdict(progress), indent=2), encoding="utf-8")
         _seal(beside)
@@ -110,7 +110,7 @@ def _seal(folder: Path) -> None:
     listed = {}
     for path in files:
         readable(path)
-        _flush(path)
+        flush(path)
         name = path.relative_to(folder).as_posix()
         listed[name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
     manifest: dict[str, Any] = {"format": FORMAT, "files": listed}
@@ -118,14 +118,6 @@ def _seal(folder: Path) -> None:
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     for inner in {path.parent for path in files}:
         flush_folder(inner)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_hash(path: Path) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,38 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into: it takes the place of `folder` when all is there, else it goes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=HALF_WRITTEN)
+    beside, before = Path(made), Path(made + HALF_WRITTEN)
+    try:
+        yield beside
+        for path in [beside, *beside.rglob("*")]:
+            if path.is_dir():
+                path.chmod(0o777 & ~_UMASK)
+            else:
+                readable(path)
+                flush(path)
+        if folder.exists():
+            os.rename(folder, before)
+        os.rename(beside, folder)
+        flush_folder(folder.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Make a file's content durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def flush_folder(folder: Path) -> None:

@@ -94,8 +94,15 @@ def load_sealed(folder: Path) -> RunConfig:
     try:
         loaded = OmegaConf.load(path)
         tree = OmegaConf.structured(RunConfig)
+        if loaded.mode.name not in modes():
+            raise ConfigError(
+                f"{path}: mode={loaded.mode.name} is of a package that isn't installed here: "
+                "install it"
+            )
         tree.mode = OmegaConf.structured(modes()[loaded.mode.name])
         merged = OmegaConf.merge(tree, loaded)
+    except ConfigError:
+        raise
     except Exception as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(

@@ -18,11 +18,13 @@ from forgelm.redact import redact
 _MAX_DIFF = 1 << 20
 _PACKAGES = (
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "huggingface_hub",
     "hydra-core",
     "numpy",
     "omegaconf",
+    "peft",
     "safetensors",
     "scikit-learn",
     "tokenizers",

@@ -19,7 +19,7 @@ from forgelm.tasks.data import Asked, Rows, TaskData
 from forgelm.tasks.encode import CHUNK, cached, check_length, tokenizer_fingerprint
 from forgelm.tasks.language import MESSAGES, PAIR, TEXT
 from forgelm.tasks.packing import pack
-from forgelm.tasks.texts import ASKED, REFERENCES, Texts
+from forgelm.tasks.texts import ASKED, REFERENCES, Texts, task_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,10 +48,7 @@ def prepare(
         from forgelm.tasks import prompts
 
         return prompts.prepare(config, rows, reader, multiple_of)
-    check_length(reader, task.max_length, "the model")
-    if teacher_reader is not None:
-        check_same_vocabulary(reader, teacher_reader)
-        check_length(teacher_reader, task.max_length, "the teacher")
+    check_readers(task, reader, teacher_reader)
     if answers(task) and TEXT in rows.train.column_names:
         raise ConfigError(
             f"task.metrics=[{','.join(task.metrics)}]: plain text has no answers to compare; use "
@@ -61,17 +58,8 @@ def prepare(
     if task.packing:
         train = packed(train, task.max_length)
     held_out = {name: encode(task, name, split, reader) for name, split in rows.eval.items()}
-    made = Texts(task, reader, Collator(reader, multiple_of, asks=answers(task)))
-    return TaskData(
-        rows,
-        train=train,
-        eval=held_out,
-        train_collator=Collator(reader, multiple_of),
-        reader=reader,
-        scorer=made,
-        teacher_eval=held_out,
-        teacher_scorer=made,
-    )
+    asking = Collator(reader, multiple_of, asks=answers(task))
+    return task_data(rows, train, held_out, reader, Collator(reader, multiple_of), asking, task)
 
 
 def scorer(config: RunConfig, labels: Any, reader: PreTrainedTokenizerBase) -> Texts:
@@ -107,6 +95,18 @@ def asked_ids(row: dict[str, str], reader: PreTrainedTokenizerBase) -> list[int]
         ids: list[int] = reader(text, add_special_tokens=False)["input_ids"]
         return ids
     return _open_ended(reader(row.get(PAIR[0], row.get(TEXT)))["input_ids"], reader)
+
+
+def check_readers(
+    task: TaskConfig,
+    reader: PreTrainedTokenizerBase,
+    teacher_reader: PreTrainedTokenizerBase | None,
+) -> None:
+    """Refuse what the student, or a teacher that reads the same tokens, can't take."""
+    check_length(reader, task.max_length, "the model")
+    if teacher_reader is not None:
+        check_same_vocabulary(reader, teacher_reader)
+        check_length(teacher_reader, task.max_length, "the teacher")
 
 
 def check_same_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,8 @@ from forgelm.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
+"""Turns {role, content}: the content is text, or for a processor a list of parts."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ def write(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Written:
     """
     places = [place for place, turn in enumerate(chat) if turn["role"] == "assistant"]
     last = places[-1]
-    whole = _render(chat[: last + 1], tokenizer, False)
+    whole = render(chat[: last + 1], tokenizer, False)
     spans = []
     for place in places:
-        before = _render(chat[:place], tokenizer, True)
-        after = whole if place == last else _render(chat[: place + 1], tokenizer, False)
+        before = render(chat[:place], tokenizer, True)
+        after = whole if place == last else render(chat[: place + 1], tokenizer, False)
         if whole.startswith(before) and whole.startswith(after):
             spans.append((len(before), len(after)))
-    asked = _render(chat[:last], tokenizer, True)
+    asked = render(chat[:last], tokenizer, True)
     if not whole.startswith(asked):
         raise ConfigError(
             "the model's chat template writes an answer otherwise than it asks for one, so what "
@@ -65,7 +66,7 @@ def write(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Written:
 
 def asked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text after which the model answers; what stands from the last answer on is left out."""
-    return _render(opening(chat), tokenizer, True)
+    return render(opening(chat), tokenizer, True)
 
 
 def opening(chat: Chat) -> Chat:
@@ -75,10 +76,15 @@ def opening(chat: Chat) -> Chat:
 
 def answered(chat: Chat) -> bool:
     """Whether a chat ends with an answer."""
-    return chat[-1]["role"] == "assistant"
+    return str(chat[-1]["role"]) == "assistant"
 
 
-def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
+def render(chat: Chat, tokenizer: Any, generate: bool) -> str:
+    """A chat as a tokenizer's or processor's template writes it, open for an answer if `generate`.
+
+    Raises:
+        ConfigError: the template refuses the chat.
+    """
     try:
         text: Any = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=generate

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forgelm import plugins
+from forgelm.config.metrics import BUILT_IN
 from forgelm.errors import RunError
 
 
@@ -22,6 +23,17 @@ def measure(metrics: Sequence[str], predictions: Any, references: Any) -> dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {name: _value(name, predictions, references) for name in metrics}
+
+
+def load(metrics: Sequence[str]) -> None:
+    """Load other packages' metrics now: one that can't be is found before training.
+
+    Raises:
+        ConfigError: one can't be loaded.
+    """
+    for name in metrics:
+        if name not in BUILT_IN:
+            plugins.load(plugins.METRICS, name)
 
 
 def _value(name: str, predictions: Any, references: Any) -> float:

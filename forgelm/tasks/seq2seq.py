@@ -12,11 +12,11 @@ from forgelm.config.schema import RunConfig, TaskConfig
 from forgelm.errors import ConfigError
 from forgelm.models.tokens import IGNORED
 from forgelm.tasks import language
-from forgelm.tasks.causal_lm import check_same_vocabulary, say_counts
+from forgelm.tasks.causal_lm import check_readers, say_counts
 from forgelm.tasks.data import Asked, Rows, TaskData
-from forgelm.tasks.encode import CHUNK, cached, check_length, tokenizer_fingerprint
+from forgelm.tasks.encode import CHUNK, cached, tokenizer_fingerprint
 from forgelm.tasks.language import PAIR
-from forgelm.tasks.texts import ASKED, REFERENCES, Texts
+from forgelm.tasks.texts import ASKED, REFERENCES, Texts, task_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,22 +53,11 @@ def prepare(
             another.
     """
     task = config.task
-    check_length(reader, task.max_length, "the model")
-    if teacher_reader is not None:
-        check_same_vocabulary(reader, teacher_reader)
-        check_length(teacher_reader, task.max_length, "the teacher")
+    check_readers(task, reader, teacher_reader)
     held_out = {name: encode(task, name, split, reader) for name, split in rows.eval.items()}
-    made = Texts(task, reader, Collator(reader, multiple_of, asks=answers(task)))
-    return TaskData(
-        rows,
-        train=encode(task, task.train_split, rows.train, reader),
-        eval=held_out,
-        train_collator=Collator(reader, multiple_of),
-        reader=reader,
-        scorer=made,
-        teacher_eval=held_out,
-        teacher_scorer=made,
-    )
+    train = encode(task, task.train_split, rows.train, reader)
+    asking = Collator(reader, multiple_of, asks=answers(task))
+    return task_data(rows, train, held_out, reader, Collator(reader, multiple_of), asking, task)
 
 
 def scorer(config: RunConfig, labels: Any, reader: PreTrainedTokenizerBase) -> Texts:

@@ -6,6 +6,8 @@ import csv
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from forgelm import plugins
 from forgelm.config.schema import TaskConfig
 from forgelm.config.validate import EMBEDDED
-from forgelm.errors import ConfigError, RunError
+from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
 
 if TYPE_CHECKING:
@@ -80,17 +82,18 @@ def _embedded(task: TaskConfig) -> tuple[dict[str, Dataset], str]:
     from datasets import Dataset
 
     data, name = _maker(str(task.embedded)), str(task.embedded)
-    features = data.features() if hasattr(data, "features") else None
     splits, parts = {}, []
-    for split in [task.train_split, *task.validation_splits]:
-        if split not in data.SPLITS:
-            raise ConfigError(
-                f"split {split}: {name} has {', '.join(data.SPLITS)}; "
-                "see task.train_split and task.validation_splits"
-            )
-        rows = data.rows(split)
-        parts.append(json.dumps(rows, default=_shortened).encode())
-        splits[split] = Dataset.from_list(rows, features=features)
+    with _blamed(name):
+        features = data.features() if hasattr(data, "features") else None
+        for split in [task.train_split, *task.validation_splits]:
+            if split not in data.SPLITS:
+                raise ConfigError(
+                    f"split {split}: {name} has {', '.join(data.SPLITS)}; "
+                    "see task.train_split and task.validation_splits"
+                )
+            rows = data.rows(split)
+            parts.append(json.dumps(rows, default=_shortened).encode())
+            splits[split] = Dataset.from_list(rows, features=features)
     return splits, digest(*parts)
 
 
@@ -99,6 +102,21 @@ def _maker(name: str) -> Any:
     if name in EMBEDDED:
         return import_module(f"forgelm.tasks.{name}")
     return plugins.load(plugins.TASKS, name)
+
+
+@contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """One line that names the package for what another package's task fails with."""
+    try:
+        yield
+    except Exception as error:
+        if name in EMBEDDED or isinstance(error, ForgeError):
+            raise
+        said = " ".join(str(error).split())[:200]
+        owner = plugins.package(plugins.TASKS, name)
+        raise RunError(
+            f"task.embedded={name}, which {owner} adds, failed: {type(error).__name__}: {said}"
+        ) from error
 
 
 def _shortened(value: Any) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from forgelm.config.schema import TaskConfig
-from forgelm.tasks.data import Collate
+from forgelm.tasks.data import Collate, Rows, TaskData
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ASKED = "asked_"
@@ -83,6 +84,29 @@ class Texts:
 
     def answers(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         return [{"prediction": record.prediction} for record in records]
+
+
+def task_data(
+    rows: Rows,
+    train: Dataset,
+    held_out: dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    collator: Collate,
+    asking: Collate,
+    task: TaskConfig,
+) -> TaskData:
+    """A task whose teacher reads the student's tokens; `asking` collates for evaluation."""
+    scorer = Texts(task, tokenizer, asking)
+    return TaskData(
+        rows,
+        train=train,
+        eval=held_out,
+        train_collator=collator,
+        reader=tokenizer,
+        scorer=scorer,
+        teacher_eval=held_out,
+        teacher_scorer=scorer,
+    )
 
 
 def _token_sums(

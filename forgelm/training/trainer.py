@@ -8,6 +8,7 @@ What differs from the stock trainer, and why:
 - A checkpoint also holds the running loss, every rank's generators and, where a stop fell into a
   step's evaluation, that it is still to be done.
 - The log history is left out of the state: it is `metrics.jsonl`, and would make saves ever slower.
+- Frozen weights are left out of checkpoints: they are the base's, and never change.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from datasets.distributed import split_dataset_by_node
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
@@ -301,7 +303,7 @@ class Exact(Trainer):
     ) -> Callable[[], None]:
         """Take what a checkpoint holds; returns what writes it."""
         model = self.accelerator.unwrap_model(self.model)
-        weights = copied(model.state_dict(), "model")
+        weights = copied(changing(model), "model")
         trees = {
             OPTIMIZER: copied(self.optimizer.state_dict(), "optimizer"),
             SCHEDULER: copied(self.lr_scheduler.state_dict(), "scheduler"),
@@ -401,8 +403,31 @@ class Exact(Trainer):
             self._taken_up = state.best_metric, state.best_global_step, self._without_gain
 
     def load_weights(self, checkpoint: Path) -> None:
-        """The model's weights as a checkpoint holds them."""
-        self._load_from_checkpoint(str(checkpoint))
+        """The model's weights as a checkpoint holds them; frozen ones stay as they are.
+
+        Raises:
+            RunError: the checkpoint is of another model.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        stored = load_file(checkpoint / WEIGHTS)
+        result = model.load_state_dict(stored, strict=False)
+        state = model.state_dict()
+        # Of tensors that share their memory the checkpoint holds one.
+        there = {state[name].data_ptr() for name in stored if name in state}
+        lacking = [
+            name
+            for name, tensor in changing(model).items()
+            if name in result.missing_keys and tensor.data_ptr() not in there
+        ]
+        wrong = [*lacking, *result.unexpected_keys]
+        if wrong:
+            raise RunError(
+                f"{checkpoint}: holds the weights of another model (they differ in {wrong[0]}); "
+                "restore what the run was begun with, or give another run_name"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_weights(Path(resume_from_checkpoint))
 
     def _restore(self, checkpoint: Path) -> None:
         progress = read_progress(checkpoint)
@@ -438,6 +463,16 @@ class _Flow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.end_step()
+
+
+def changing(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What of a model's state training can change: buffers, and parameters that aren't frozen."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    parameters = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+    # What a quantised weight is made of has names below the weight's.
+    below = tuple(f"{name}." for name in frozen)
+    return {k: v for k, v in state.items() if k not in frozen and not k.startswith(below)}
 
 
 def _uncopied(tree: Any, name: str) -> Any:

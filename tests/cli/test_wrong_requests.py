@@ -754,7 +754,8 @@ def test_a_value_out_of_range_is_refused(
 ) -> None:
     outcome = outcomes[with_range(request_line)]
     assert_refused(outcome)
-    assert outcome.said == [f"{request_line.split()[-1]}: {allowed}"]
+    said = [line for line in outcome.said if "is only read with eval.lm_eval.tasks" not in line]
+    assert said == [f"{request_line.split()[-1]}: {allowed}"]
 
 
 def test_every_range_has_a_request() -> None:

@@ -40,6 +40,11 @@ CASES: dict[str, tuple[Chain, ...]] = {
     "rl-everything": (("training:3:SIGTERM", "training:7:SIGTERM"),),
     "ranks-2-rl": (("training:7:SIGTERM",),),
     "ranks-2-causal-kd": (("training:7:SIGTERM",),),
+    "lora-dora-best": (
+        ("evaluation_before:1:SIGTERM", "training:7:SIGTERM", "evaluation:1:SIGTERM"),
+        ("training:8:SIGKILL", "finalize:2:SIGKILL"),
+    ),
+    "lora-causal-embeddings": (("training:5:SIGTERM", "training:4:SIGKILL"),),
     "bf16": (("training:4:SIGTERM",), ("evaluation:1:SIGTERM",)),
     "save-foreground": (("training:7:SIGKILL", "training:1:SIGTERM"),),
     "ranks-2-kd": (("training:7:SIGTERM",),),

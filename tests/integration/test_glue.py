@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from child import Child
 from conftest import Result, only_run
 from glue_fixture import TASKS, glue_repo, model_repo
 from hub_server import HubServer, Request, Response
@@ -34,7 +31,6 @@ BASE = "org/tiny-base"
 TEACHER = "FacebookAI/roberta-large-mnli"
 THEIR_LABELS = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
 NO_COMMIT = "0" * 40
-FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "WANDB_")
 SMALL = (
     "train",
     "model=custom",
@@ -55,17 +51,6 @@ METRICS = {
     "wnli": ["accuracy"],
 }
 
-DRIVER = """
-import contextlib, io, json, sys
-from forgelm.cli.main import main
-
-for line in sys.stdin:
-    words, out, err = json.loads(line), io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(words)
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
 
 class FlakyHub(HubServer):
     """A Hub that can be told to drop every connection unanswered."""
@@ -76,49 +61,6 @@ class FlakyHub(HubServer):
         if self.down:
             raise ConnectionAbortedError
         return super().answer(request)
-
-
-class Child:
-    """A process that runs one `forgelm` command line after another."""
-
-    def __init__(self, folder: Path, home: Path, url: str, *, offline: bool = False) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        self.errors = home / f"errors-{int(offline)}"
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", DRIVER],
-                cwd=folder,
-                env=kept
-                | {
-                    "HF_ENDPOINT": url,
-                    "HF_HOME": str(home),
-                    "HF_HUB_DISABLE_TELEMETRY": "1",
-                    "HF_HUB_OFFLINE": str(int(offline)),
-                    "NO_PROXY": "127.0.0.1,localhost",
-                },
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-
-    def __call__(self, *words: str) -> Result:
-        """Run one command line; a process that says nothing for long is killed."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        watchdog = threading.Timer(240, self.process.kill)
-        watchdog.start()
-        try:
-            self.process.stdin.write(json.dumps(words) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        finally:
-            watchdog.cancel()
-        assert line, self.errors.read_text()
-        return Result(*json.loads(line))
-
-    def close(self) -> None:
-        self.process.communicate(timeout=60)
 
 
 @dataclass
