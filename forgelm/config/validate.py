@@ -424,9 +424,7 @@ def _mode(config: RunConfig) -> Iterator[str]:
 
 def _rl(config: RunConfig, mode: RlConfig) -> Iterator[str]:
     task, training = config.task, config.training
-    problem = lacking("rl", "trl", "mode=rl")
-    if problem is not None:
-        yield problem
+    yield from _said(lacking("rl", "trl", "mode=rl"))
     if mode.use_vllm and find_spec("vllm") is None:
         yield (
             "mode.use_vllm=true needs vllm, which isn't installed: pip install 'trl[vllm]', in "
