@@ -161,6 +161,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "lora-causal-dora": (*LORA, *CAUSAL, "model.lora.use_dora=true"),
     "lora-causal-embeddings": (*LORA, *CAUSAL, "model.lora.modules_to_save=[embed_tokens]"),
     "lora-seq2seq": (*LORA, *SEQ2SEQ),
+    "lora-rl": (
+        *LORA,
+        *RL,
+        "mode.beta=0.1",
+        "mode.steps_per_generation=4",
+        "training.load_best_model_at_end=true",
+    ),
     "lora-activation-checkpointing": (*LORA, "training.activation_checkpointing=true"),
     "adamw-fused": ("training.optim=adamw_torch_fused",),
     "adafactor": ("training.optim=adafactor",),

@@ -424,11 +424,12 @@ def _mode(config: RunConfig) -> Iterator[str]:
 
 def _rl(config: RunConfig, mode: RlConfig) -> Iterator[str]:
     task, training = config.task, config.training
-    for package, needed in (("trl", True), ("vllm", mode.use_vllm)):
-        if needed and find_spec(package) is None:
-            extra = "'forgelm[rl]'" if package == "trl" else package
-            key = "mode=rl" if package == "trl" else "mode.use_vllm=true"
-            yield f"{key} needs the package {package}: pip install {extra}"
+    yield from _said(lacking("rl", "trl", "mode=rl"))
+    if mode.use_vllm and find_spec("vllm") is None:
+        yield (
+            "mode.use_vllm=true needs vllm, which isn't installed: pip install 'trl[vllm]', in "
+            "the version that trl wants"
+        )
     if task.kind is not Kind.causal_lm:
         yield (
             f"mode=rl with task.kind={task.kind}: rewards are for what a model writes; "

@@ -14,7 +14,7 @@ from forgelm.config.schema import RunConfig, TaskConfig
 from forgelm.errors import ConfigError
 from forgelm.tasks import causal_lm, chat
 from forgelm.tasks.data import Rows, TaskData
-from forgelm.tasks.encode import check_length
+from forgelm.tasks.encode import cached, check_length, tokenizer_fingerprint
 from forgelm.tasks.language import MESSAGES, PAIR, TEXT
 from forgelm.tasks.rewards import Checked, build, useless
 from forgelm.tasks.texts import ASKED, REFERENCES, Record, Texts, greedy
@@ -151,29 +151,30 @@ def _prompts(
     task: TaskConfig,
     split: str,
     rows: Dataset,
-    references: Sequence[str | None] | None,
+    references: list[str] | None,
     reader: PreTrainedTokenizerBase,
 ) -> Dataset:
-    """Columns `prompt` (JSON), `reference`, `input_ids`, `prompt_length`, `row`.
-
-    Prompts longer than `task.max_length` are left out.
+    """Columns `prompt` (JSON), `reference`, `input_ids`, `prompt_length`, `row`; from the cache if
+    there. Prompts longer than `task.max_length` are left out, which is said.
     """
-    from datasets import Dataset, Features, List, Value
-
+    template = None
     if MESSAGES in rows.column_names:
         chat.check_template(reader, "the model")
-    references = references or [None] * len(rows)
-    made: dict[str, list[Any]] = {
-        name: [] for name in ("prompt", "reference", "input_ids", "prompt_length", "row", "cut")
-    }
-    for number, (row, reference) in enumerate(zip(rows, references, strict=True), 1):
-        stop.check()
-        ids = causal_lm.asked_ids(row, reader)
-        if len(ids) > task.max_length:
-            continue
-        values = _prompt(row), reference, ids, len(ids), number, False
-        for column, value in zip(made.values(), values, strict=True):
-            column.append(value)
+        template = reader.chat_template
+    settings = ["prompts", task.max_length, tokenizer_fingerprint(reader), template]
+    made = cached(rows, settings, lambda: _read(task, rows, references, reader))
+    causal_lm.say_counts(split, len(rows), made, task.max_length)
+    return made
+
+
+def _read(
+    task: TaskConfig,
+    rows: Dataset,
+    references: list[str] | None,
+    reader: PreTrainedTokenizerBase,
+) -> Dataset:
+    from datasets import Dataset, Features, List, Value
+
     features = Features(
         prompt=Value("string"),
         reference=Value("string"),
@@ -182,9 +183,17 @@ def _prompts(
         row=Value("int64"),
         cut=Value("bool"),
     )
-    found = Dataset.from_dict(made, features=features)
-    causal_lm.say_counts(split, len(rows), found, task.max_length)
-    return found
+    made: dict[str, list[Any]] = {name: [] for name in features}
+    for number, row in enumerate(rows, 1):
+        stop.check()
+        ids = causal_lm.asked_ids(row, reader)
+        if len(ids) > task.max_length:
+            continue
+        reference = None if references is None else references[number - 1]
+        values = _prompt(row), reference, ids, len(ids), number, False
+        for column, value in zip(made.values(), values, strict=True):
+            column.append(value)
+    return Dataset.from_dict(made, features=features)
 
 
 def _with_labels(

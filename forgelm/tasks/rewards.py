@@ -107,7 +107,11 @@ def useless(name: str, reference: str, pattern: str | None) -> str | None:
     """Why a reward of ours can't compare anything with a reference; None: it can."""
     answer = answer_in(reference, pattern)
     if name in ("exact_match", "contains", "numeric") and not answer:
-        return f"task.answer_pattern finds no answer in {_cut(reference)}"
+        return (
+            "the answer is empty"
+            if pattern is None
+            else f"task.answer_pattern finds no answer in {_cut(reference)}"
+        )
     if name == "numeric" and last_number(answer) is None:
         return f"there is no number in {_cut(answer)}"
     return None

@@ -340,7 +340,7 @@ REQUESTS: list[tuple[str, ...]] = [
     ),
     (
         f"{RL} mode.use_vllm=true training.use_cpu=true",
-        "mode.use_vllm=true needs the package vllm: pip install vllm",
+        "mode.use_vllm=true needs vllm, which isn't installed: pip install 'trl[vllm]', …",
         "mode.use_vllm=true needs a GPU: drop it, or drop training.use_cpu",
     ),
     (

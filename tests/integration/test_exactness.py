@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Chain, ...]] = {
         ("evaluation_before:1:SIGTERM", "training:7:SIGTERM", "evaluation:1:SIGTERM"),
         ("training:8:SIGKILL", "finalize:2:SIGKILL"),
     ),
+    "lora-rl": (("training:6:SIGTERM", "finalize:1:SIGKILL"),),
     "lora-causal-embeddings": (("training:5:SIGTERM", "training:4:SIGKILL"),),
     "bf16": (("training:4:SIGTERM",), ("evaluation:1:SIGTERM",)),
     "save-foreground": (("training:7:SIGKILL", "training:1:SIGTERM"),),

@@ -44,6 +44,7 @@ SMALL = (
     "wandb.mode=disabled",
     "max_steps=3",
 )
+LORA = ("model.lora.enabled=true", "model.lora.r=4")
 DIGITS = ("mode.rewards=[format]", "mode.format_pattern='[0-9].*'")
 ANSWERS = ("task.metrics=[exact_match]", "task.greater_is_better=true")
 REWARD = ("task.metrics=[reward]", "task.greater_is_better=true")
@@ -152,6 +153,45 @@ def test_references_stay_as_they_start_or_follow(forgelm: Command, tmp_path: Pat
     assert stays[0] == followed[0] == pytest.approx(0, abs=1e-6)
     assert stays[-1] > 1e-3
     assert followed == pytest.approx([0] * 6, abs=1e-6)
+
+
+def test_adapters_have_themselves_as_reference(forgelm: Command, tmp_path: Path) -> None:
+    words = request(write(tmp_path, PROMPTS), *DIGITS, *REWARD, "mode.beta=0.1", *LORA)
+    for added in (("run_name=first",), ("run_name=second",)):
+        done = forgelm(*words, *added)
+        assert done.code == 0, done.err
+        run = tmp_path / "outputs/causal_lm/tiny/rl" / added[0].partition("=")[2]
+        kl = [line["kl"] for line in lines(run)]
+        assert kl[0] == pytest.approx(0, abs=1e-6)
+        assert kl[-1] > 1e-5
+        assert (run / "adapter_model.safetensors").is_file()
+        assert not (run / "ref").exists()
+        # The second is an adapter that was trained before.
+        words.append(f"model.path={run}")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "model.lora.target_modules=[lm_head]",
+            "model.lora.target_modules: names the model's head, whose weights GRPO reads past any "
+            "adapter, so it would learn nothing; leave the head out",
+        ),
+        (
+            "model.lora.bias=all",
+            "mode=rl can't be trained like this: LoraModel supports only 1 adapter with bias. When "
+            "using multiple adapters, set bias to 'none' for all adapters.",
+        ),
+    ],
+    ids=["head", "bias"],
+)
+def test_adapters_that_cannot_be_are_refused(
+    forgelm: Command, tmp_path: Path, word: str, said: str
+) -> None:
+    words = request(write(tmp_path, PROMPTS), *DIGITS, *REWARD, "mode.beta=0.1", *LORA)
+    done = forgelm(*words, word)
+    assert (done.code, done.err.strip()) == (1, f"forgelm: {said}")
 
 
 def test_epochs_count_rounds_of_prompts(forgelm: Command, tmp_path: Path) -> None:
@@ -314,7 +354,9 @@ def test_without_trl_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "trl", None)
     done = forgelm("train", "mode=rl", "task=arithmetic")
     assert done.code == 1
-    assert done.err.strip() == ("forgelm: mode=rl needs the package trl: pip install 'forgelm[rl]'")
+    assert done.err.strip() == (
+        "forgelm: mode=rl needs trl, which isn't installed: pip install 'forgelm[rl]'"
+    )
 
 
 def test_weights_that_are_no_numbers_are_named(forgelm: Command, tmp_path: Path) -> None:
