@@ -597,6 +597,12 @@ def save_final(run: Run, model: PreTrainedModel, task: TaskData, base: Base | No
     """Model and tokenizer at the run's root: written aside first, then moved file by file."""
     from forgelm.models import adapters
 
+    merged = run.paths.root / MERGED
+    if merged.is_dir():
+        shutil.rmtree(merged)
+        say(
+            f"{merged} was of the model before and is removed; forgelm export --merge makes it anew"
+        )
     beside = Path(tempfile.mkdtemp(dir=run.paths.root, prefix=".final-"))
     try:
         if base is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forgelm.config.lm_tasks import LM_EVAL, lm_eval_rows
+from forgelm.config.metrics import REWARD
 from forgelm.config.schema import (
     MODES,
     DistillationLoss,
@@ -107,8 +108,11 @@ def closing(config: RunConfig, root: Path, results: dict[str, Any], seconds: str
     for split in after:
         if split == LM_EVAL:
             continue
-        values = [_value(scores, split, metric) for scores in (before, after, teacher)]
-        rows.append((f"{split} {metric}", *map(_number, values), _gap(*values)))
+        # What rewards are for is shown too, whichever metric the task names first.
+        rewarded = [REWARD] if isinstance(config.mode, RlConfig) and metric != REWARD else []
+        for name in [metric, *rewarded]:
+            values = [_value(scores, split, name) for scores in (before, after, teacher)]
+            rows.append((f"{split} {name}", *map(_number, values), _gap(*values)))
     for task, name, _ in lm_eval_rows(after):
         measured = [_value((scores or {}).get(LM_EVAL), task, name) for scores in (before, after)]
         rows.append((f"{task} {name}", *map(_number, measured), "-", "-"))

@@ -354,7 +354,8 @@ def _task_metrics(config: RunConfig) -> Iterator[str]:
     if task.greater_is_better != rises:
         yield (
             f"task.greater_is_better={str(task.greater_is_better).lower()}: for "
-            f"{task.metrics[0]} it is {str(rises).lower()}"
+            f"{task.metrics[0]} it is {str(rises).lower()}; "
+            f"give task.greater_is_better={str(rises).lower()}"
         )
     if regression and task.labels is not None:
         yield f"task.labels={task.labels}: a regression has no label names; leave it null"

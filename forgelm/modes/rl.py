@@ -30,6 +30,7 @@ from forgelm.config.rewards import weights
 from forgelm.config.schema import RunConfig
 from forgelm.errors import ConfigError, RunError
 from forgelm.interrupt import point
+from forgelm.log import log
 from forgelm.modes.arguments import plain, training_arguments
 from forgelm.run.checkpoints import Progress, read_progress
 from forgelm.run.files import keep_lines
@@ -125,6 +126,7 @@ class GrpoTrainer(Exact, GRPOTrainer):
             args.beta, args.sync_ref_model = wanted
             self.beta = args.beta
             self._add_reference(reference)
+        self._warned = False
         self.samples_per_log = samples
         self._samples: list[dict[str, Any]] = []
         self._samples_lines = 0
@@ -213,6 +215,13 @@ class GrpoTrainer(Exact, GRPOTrainer):
         """Keep values for the step's one line: with the loss, trl's means since the last one."""
         if "loss" in logs:
             logs = logs | {name: sum(v) / len(v) for name, v in self._means().items() if v}
+            if logs.get("frac_reward_zero_std") == 1 and not self._warned:
+                self._warned = True
+                log.warning(
+                    "no prompt's completions were worth different rewards since the last logged "
+                    "step, so nothing was learnt: begin with a model that gets some right, raise "
+                    "mode.temperature or mode.num_generations, or choose other rewards"
+                )
             self._metrics["train"].clear()
             self._write_samples()
         super().log(logs, start_time)

@@ -42,7 +42,7 @@ def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int, name: str)
     if max_length > tokenizer.model_max_length:
         raise ConfigError(
             f"task.max_length={max_length}: {name} takes at most "
-            f"{tokenizer.model_max_length} tokens"
+            f"{tokenizer.model_max_length} tokens; set task.max_length={tokenizer.model_max_length}"
         )
 
 

@@ -83,8 +83,13 @@ def layout_of(task: TaskConfig, where: str, columns: list[str], answers: bool = 
     else:
         raise ConfigError(
             f"{where}: has neither {MESSAGES}, nor {' and '.join(PAIR)}, nor {task.text_column}, "
-            f"but {', '.join(columns)}; name them with task.messages_column, task.prompt_column "
-            "and task.completion_column, or task.text_column"
+            f"but {', '.join(columns)}; "
+            + (
+                "name them with task.messages_column, task.prompt_column and "
+                "task.completion_column, or task.text_column"
+                if answers
+                else f"rename the column in the file, to {PAIR[0]}, say"
+            )
         )
     keys = {
         "task.messages_column": found.messages,

@@ -251,11 +251,11 @@ REQUESTS: list[tuple[str, ...]] = [
     ),
     (
         "task.greater_is_better=false",
-        "task.greater_is_better=false: for accuracy it is true",
+        "task.greater_is_better=false: for accuracy it is true; give task.greater_is_better=true",
     ),
     (
         "task=stsb task.metrics=[mse]",
-        "task.greater_is_better=true: for mse it is false",
+        "task.greater_is_better=true: for mse it is false; give task.greater_is_better=false",
     ),
     ("task=stsb task.labels=[a,b]", "task.labels=…: a regression has no label names; …"),
     ("task.labels=[a,a]", "task.labels=…: give two or more different names"),

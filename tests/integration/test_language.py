@@ -316,9 +316,9 @@ WRONG: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
     ),
     "more than the model has positions for": (
         PAIRS,
-        (*ANSWERS, "task.max_length=500", "task.max_new_tokens=20"),
-        "task.max_length=500 and task.max_new_tokens=20: the model has positions for 512 tokens, "
-        "and these need 520; lower task.max_length",
+        (*ANSWERS, "task.max_length=2040", "task.max_new_tokens=20"),
+        "task.max_length=2040 and task.max_new_tokens=20: the model has positions for 2048 tokens, "
+        "and these need 2060; lower task.max_length",
     ),
     "a broken pattern": (
         PAIRS,

@@ -9,6 +9,8 @@ from forgelm.config.schema import Kind, TinyConfig
 
 _FOLDER = Path(__file__).parent
 _POSITIONS = 512
+# Of models that write text: their positions are no weights.
+_WRITER_POSITIONS = 2048
 # Height and width. A patch is as high as the line, so the encoder reads it from left to right.
 _IMAGE = (16, 64)
 _PATCH = (16, 4)
@@ -24,7 +26,7 @@ def reader(kind: Kind) -> Any:
         file = _FOLDER / "tokenizer.json"
         return BertTokenizer(tokenizer_file=str(file), model_max_length=_POSITIONS)
     made = PreTrainedTokenizerFast.from_pretrained(_FOLDER / "characters")
-    made.model_max_length = _POSITIONS
+    made.model_max_length = _POSITIONS if kind is Kind.image_to_text else _WRITER_POSITIONS
     return _line_reader(made) if kind is Kind.image_to_text else made
 
 
@@ -83,7 +85,7 @@ def _llama(sizes: TinyConfig, tokenizer: Any) -> Any:
             intermediate_size=sizes.intermediate_size,
             attention_dropout=sizes.dropout,
             initializer_range=sizes.initializer_range,
-            max_position_embeddings=_POSITIONS,
+            max_position_embeddings=_WRITER_POSITIONS,
             tie_word_embeddings=True,
             **_marks(tokenizer),
         )
