@@ -130,7 +130,7 @@ REQUESTS: list[tuple[str, ...]] = [
         "model=distlbert",
         "model=distlbert: no such model; one of …bert_base, …tiny…; did you mean model=distilbert?",
     ),
-    ("model=gpt9", "model=gpt9: no such model; one of …bert_base, …tiny_teacher"),
+    ("model=gpt9", "model=gpt9: no such model; one of …bert_base, …tiny_teacher…"),
     (
         "task=mnlii",
         "task=mnlii: no such task; one of arithmetic, …mnli, …; did you mean task=mnli?",
