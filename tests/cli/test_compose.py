@@ -29,6 +29,7 @@ LEFT_TO_THE_USER = {
     "task/text_classification": OWN_ROWS,
     "task/causal_lm": OWN_ROWS,
     "task/seq2seq": OWN_ROWS,
+    "task/image_to_text": OWN_ROWS,
     "mode/rl": ["task=arithmetic"],
     "teacher/path": ["mode=kd", "teacher.path=org/model"],
     "teacher/run": ["mode=kd", "teacher.run=outputs/some/run"],

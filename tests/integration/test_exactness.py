@@ -35,6 +35,7 @@ CASES: dict[str, tuple[Chain, ...]] = {
     "causal-packed": (("training:5:SIGTERM", "evaluation:1:SIGTERM"), ("training:7:SIGKILL",)),
     "causal-kd": (("training:5:SIGTERM",), ("finalize:1:SIGTERM",)),
     "seq2seq": (("evaluation_before:1:SIGTERM", "training:5:SIGTERM"),),
+    "images-workers": (("training:5:SIGTERM", "training:3:SIGKILL"),),
     "ranks-2-causal-kd": (("training:7:SIGTERM",),),
     "bf16": (("training:4:SIGTERM",), ("evaluation:1:SIGTERM",)),
     "save-foreground": (("training:7:SIGKILL", "training:1:SIGTERM"),),
