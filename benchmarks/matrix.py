@@ -23,7 +23,7 @@ from pathlib import Path
 
 from crash import begin, composed, differences, isolate, teacher, warm
 
-from forgelm.config.schema import Interval, RunConfig
+from forgelm.config.schema import Interval, Kind, RunConfig, TinyConfig
 from forgelm.drill import Case, directory, forked
 from forgelm.errors import EXIT_OK
 from forgelm.run.paths import RunPaths
@@ -61,7 +61,9 @@ SEQ2SEQ = (
     "task.max_length=16",
     "task.max_new_tokens=4",
 )
-WRITER = ("mode=kd", "teacher=path", "teacher.path={root}/writer")
+WRITER = ("mode=kd", "teacher=path", "teacher.path={root}/causal_lm")
+IMAGES = ("task=ocr_digits", "task.augmentation=0.7")
+IMAGES_KD = (*IMAGES, "mode=kd", "teacher=path", "teacher.path={root}/image_to_text")
 LORA = ("model.lora.enabled=true", "model.lora.r=4", "model.lora.lora_dropout=0.1")
 # A round of generation is two prompts, completions of random letters are worth different sums.
 RL = (
@@ -169,6 +171,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "training.load_best_model_at_end=true",
     ),
     "lora-activation-checkpointing": (*LORA, "training.activation_checkpointing=true"),
+    "images": IMAGES,
+    "images-workers": (*IMAGES, "training.dataloader_num_workers=2"),
+    "images-kd": (*IMAGES_KD, *TWICE),
     "adamw-fused": ("training.optim=adamw_torch_fused",),
     "adafactor": ("training.optim=adafactor",),
     "sgd": ("training.optim=sgd", "training.learning_rate=0.1"),
@@ -196,6 +201,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "launch.ranks_per_node=2",
     ),
     "ranks-2-lora": (*LORA, "launch.ranks_per_node=2", "task.max_train_samples=63"),
+    "ranks-2-images-kd": (
+        *IMAGES_KD,
+        "launch.ranks_per_node=2",
+        "task.max_train_samples=63",
+    ),
     "ranks-2-kd": (*KD, "launch.ranks_per_node=2", "task.max_train_samples=63"),
 }
 
@@ -248,14 +258,15 @@ class Result:
 
 
 def materials(root: Path) -> None:
-    """Make what the variants need in `root`: two teachers, scored rows and prompts of our own."""
+    """Make what the variants need in `root`: teachers, scored rows and prompts of our own."""
     import forgelm.modes.rl  # noqa: F401
     from forgelm.tasks import arithmetic
     from forgelm.tasks.nli_mini import generate
 
     warm()
     teacher(root)
-    writing_teacher(root)
+    writing_teacher(root, Kind.causal_lm)
+    writing_teacher(root, Kind.image_to_text)
     for split in arithmetic.SPLITS:
         lines = (json.dumps(row) + "\n" for row in arithmetic.rows(split)[:31])
         (root / f"{split}.jsonl").write_text("".join(lines))
@@ -267,17 +278,18 @@ def materials(root: Path) -> None:
             writer.writerows((pair.premise, len(pair.premise) / 10) for pair in rows)
 
 
-def writing_teacher(root: Path) -> None:
-    """A teacher that writes, with fresh weights: any will do."""
+def writing_teacher(root: Path, kind: Kind) -> None:
+    """A teacher that writes, with fresh weights: any will do. It normalises images its own way."""
     import torch
 
-    from forgelm.config.schema import Kind, TinyConfig
     from forgelm.models import tiny
 
     torch.manual_seed(1)
-    reader = tiny.reader(Kind.causal_lm)
-    tiny.model(Kind.causal_lm, TinyConfig(), reader, {}).save_pretrained(root / "writer")
-    reader.save_pretrained(root / "writer")
+    reader = tiny.reader(kind)
+    if kind is Kind.image_to_text:
+        reader.image_processor.image_mean = [0.5] * 3
+    tiny.model(kind, TinyConfig(), reader, {}).save_pretrained(root / kind.name)
+    reader.save_pretrained(root / kind.name)
 
 
 def tried(name: str, root: Path, chains: Sequence[Chain] | None = None) -> Result:

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Chain, ...]] = {
     "rl-iterations": (("training:5:SIGTERM", "generation:3:SIGTERM"), ("evaluation:4:SIGTERM",)),
     "rl-everything": (("training:3:SIGTERM", "training:7:SIGTERM"),),
     "ranks-2-rl": (("training:7:SIGTERM",),),
+    "images-workers": (("training:5:SIGTERM", "training:3:SIGKILL"),),
     "ranks-2-causal-kd": (("training:7:SIGTERM",),),
     "lora-dora-best": (
         ("evaluation_before:1:SIGTERM", "training:7:SIGTERM", "evaluation:1:SIGTERM"),
