@@ -223,7 +223,7 @@ def test_a_yaml_file_is_laid_over_the_default(
         ("rl", 7, {"beta": 0.1, "rewards": ["numeric"]}),
         ("rl_child", 8, {"beta": 0.2, "rewards": ["numeric"]}),
         ("rl_parent_only", 7, {"beta": 0.1, "epsilon": 0.3, "rewards": ["numeric"]}),
-        ("rl_whole", 4, {"num_iterations": 2, "rewards": ["exact_match"]}),
+        ("rl_whole", 24, {"num_iterations": 2, "rewards": ["exact_match"]}),
     ],
 )
 def test_a_section_rl_is_mode_rl(
