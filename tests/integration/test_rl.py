@@ -311,10 +311,10 @@ NOTHING = "has only prompts, so there is nothing to compare with; name the answe
         ),
         (
             PROMPTS,
-            (*DIGITS, *REWARD, "mode.max_completion_length=509"),
+            (*DIGITS, *REWARD, "mode.max_completion_length=2045"),
             [
-                "mode.max_completion_length=509: with a prompt of 4 tokens that is more than the "
-                "512 that the model has positions for; lower it, or lower task.max_length"
+                "mode.max_completion_length=2045: with a prompt of 4 tokens that is more than the "
+                "2048 that the model has positions for; lower it, or lower task.max_length"
             ],
         ),
         (
