@@ -37,6 +37,19 @@ TINY = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_handlers_left() -> Iterator[None]:
+    """What a test had said through its own stdout is said to nobody after it."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    root.handlers[:] = [
+        handler
+        for handler in before
+        if not getattr(getattr(handler, "stream", None), "closed", False)
+    ]
+
+
 @dataclass(frozen=True)
 class Result:
     """How a command ended."""
