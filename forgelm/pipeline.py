@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgelm import stop
+from forgelm import slurm, stop
 from forgelm.config import lm_tasks
 from forgelm.config.lm_tasks import LM_EVAL
 from forgelm.config.rewards import round_of
@@ -26,7 +26,6 @@ from forgelm.run.checkpoints import newest_whole, read_progress
 from forgelm.run.files import read_json, readable, write_json, write_text, written_aside
 from forgelm.run.lifecycle import Run, extend, start_session
 from forgelm.run.state import Stage
-from forgelm.world import join
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +50,11 @@ class Models:
     base: Base | None = None
 
 
-def pipeline(run: Run, distributed: bool = False) -> None:
+def pipeline(run: Run) -> None:
     """Everything between an open run directory and a complete one."""
     began = time.monotonic()
-    stop.check()
+    stop_here(run)
     quiet_libraries()
-    if distributed:
-        run.world = join(run.config.training.use_cpu)
     if run.world.first:
         if run.state.restarts:
             say(_how_it_ended(run))
@@ -91,6 +88,9 @@ def pipeline(run: Run, distributed: bool = False) -> None:
             say(closing(run.config, run.paths.root, results, duration(time.monotonic() - began)))
         code = 0
     except Stopped:
+        if run.world.first:
+            # Before anything that may take long: Slurm's patience is short.
+            slurm.hand_back()
         tracker.preempting()
         raise
     finally:

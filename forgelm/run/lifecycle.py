@@ -191,9 +191,10 @@ def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]
                 unregister(output, run.run_id)
 
 
-def follower(config: RunConfig, paths: RunPaths) -> Run:
+def follower(config: RunConfig, paths: RunPaths, world: World) -> Run:
     """The run as a rank other than the first sees it, until the first shares what it knows."""
-    return Run(config, paths, OutputRoot(Path(config.output_root)), TrainingState(), {})
+    output = OutputRoot(Path(config.output_root))
+    return Run(config, paths, output, TrainingState(), {}, world=world)
 
 
 def start_session(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from forgelm.run.files import HALF_WRITTEN
 
@@ -94,6 +95,7 @@ class OutputRoot:
     """What lies beside the runs of one output root."""
 
     root: Path
+    CODE: ClassVar[tuple[str, str]] = (".forgelm", "code")
 
     def run(self, task: str, model: str, mode: str, run_name: str) -> RunPaths:
         return RunPaths(self.root / task / model / mode / run_name)
@@ -101,3 +103,13 @@ class OutputRoot:
     @property
     def register(self) -> Path:
         return self.root / ".forgelm" / "incomplete"
+
+    @property
+    def code(self) -> Path:
+        """The code of submitted runs, a folder for each content."""
+        return self.root.joinpath(*self.CODE)
+
+    @property
+    def submissions(self) -> Path:
+        """A folder for each submission: its script, its runs, what its processes said."""
+        return self.root / ".forgelm" / "submissions"

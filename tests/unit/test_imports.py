@@ -14,6 +14,7 @@ ROOT = Path(forgelm.__file__).parent
 ORDER = (
     "cli",
     "start",
+    "cluster",
     "pipeline",
     "export",
     "final",
@@ -32,6 +33,7 @@ ORDER = (
     "losses",
     "hub",
     "run",
+    "slurm",
     "log",
     "memory",
     "config",
