@@ -25,6 +25,8 @@ class Point:
 
     composed: DictConfig
     config: RunConfig
+    overrides: list[str]
+    """Less Hydra's own."""
 
 
 def check_request(request: Request) -> list[Point]:
@@ -135,4 +137,5 @@ def _check_point(overrides: list[str], request: Request, findings: Findings) -> 
             problems = error.problems
     for problem in problems:
         findings.add(problem)
-    return None if problems else Point(composed, config)
+    own = [line for line in overrides if not line.lstrip("+~").startswith("hydra")]
+    return None if problems else Point(composed, config, own)

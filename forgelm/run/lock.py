@@ -213,7 +213,7 @@ def _alive(other: Holder, locked: bool | None) -> bool | None:
     if other.host == socket.gethostname():
         if other.boot != _boot() or locked:
             return False
-        if _started(other.pid) == other.started:
+        if started(other.pid) == other.started:
             return True
         # Its children may hold the lock for some seconds; or it lives in another container.
         return None if locked is False else False
@@ -255,7 +255,7 @@ def _slurm_job() -> str | None:
 def _myself() -> Holder:
     pid = os.getpid()
     return Holder(
-        socket.gethostname(), _boot(), pid, _started(pid) or "", _slurm_job(), uuid.uuid4().hex
+        socket.gethostname(), _boot(), pid, started(pid) or "", _slurm_job(), uuid.uuid4().hex
     )
 
 
@@ -266,7 +266,7 @@ def _boot() -> str:
         return ""
 
 
-def _started(pid: int) -> str | None:
+def started(pid: int) -> str | None:
     """When a process of this machine began; None when there is none, or only its remains."""
     try:
         # The name, in brackets, may hold spaces and brackets itself.
