@@ -29,9 +29,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 PACKAGES = {  # Debian's name, the program it brings
     "munge": "munged",
@@ -73,12 +74,14 @@ class Cluster:
         self.folder = folder.resolve()
         self.conf = self.folder / "slurm.conf"
         self.saved = self.folder / "options.json"
-        self.options = Options(**json.loads(self.saved.read_text())) if self.saved.exists() else None
+        self.options: Options | None = None
+        if self.saved.exists():
+            self.options = Options(**json.loads(self.saved.read_text()))
 
     def names(self) -> list[str]:
         return [f"node{i + 1}" for i in range(self.options.nodes)] if self.options else []
 
-    def up(self, asked: dict[str, int | bool]) -> None:
+    def up(self, asked: dict[str, Any]) -> None:
         """Start what doesn't run yet, with the options of the last time where none is asked for.
 
         Raises: Failed, also where a running cluster would need other nodes.
@@ -121,7 +124,7 @@ class Cluster:
         """End all daemons and whatever their jobs still run."""
         for name in self.names():
             self.end(f"slurmd.{name}", signal.SIGKILL)
-            self.end_jobs(name)
+            self.signal_jobs(name, signal.SIGKILL)
         self.end("slurmctld", signal.SIGTERM)
         self.end("munged", signal.SIGTERM)
         with hosts() as lines:
@@ -131,8 +134,10 @@ class Cluster:
         """Take a node away without a warning; its jobs end with NODE_FAIL and are requeued."""
         self.check_name(name)
         self.end(f"slurmd.{name}", signal.SIGKILL)
+        # Still before they die: a dead node says nothing to the others, not even that it ends.
+        self.signal_jobs(name, signal.SIGSTOP)
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
-        self.end_jobs(name)
+        self.signal_jobs(name, signal.SIGKILL)
 
     def revive(self, name: str) -> None:
         """Bring a killed node back."""
@@ -267,15 +272,16 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
             if not wait(lambda: self.pid(daemon) is None, 20):
                 os.kill(pid, signal.SIGKILL)
 
-    def end_jobs(self, name: str) -> None:
-        """Kill what a node's jobs run: their slurmstepd, which hold its log, and what is below."""
-        log = str(self.folder / f"log/slurmd.{name}.log")
+    def signal_jobs(self, name: str, how: signal.Signals) -> None:
+        """Signal what a node's jobs run: their slurmstepd, which hold its log, and all below."""
+        log = self.folder / f"log/slurmd.{name}.log"
         parents = {pid: parent(pid) for pid in processes()}
-        doomed = {pid for pid in parents if log in open_files(pid) or self.started_on(pid, name)}
-        while more := {pid for pid, above in parents.items() if above in doomed} - doomed:
-            doomed |= more
-        for pid in doomed:
-            kill(pid)
+        found = {pid for pid in parents if runs_steps(pid, log) or self.started_on(pid, name)}
+        while more := {pid for pid, above in parents.items() if above in found} - found:
+            found |= more
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, how)
 
     def started_on(self, pid: int, name: str) -> bool:
         try:
@@ -389,21 +395,14 @@ def parent(pid: int) -> int:
     return int(found[1]) if found else 0
 
 
-def open_files(pid: int) -> set[str]:
-    found = set()
+def runs_steps(pid: int, log: Path) -> bool:
+    """Whether this is a slurmstepd that writes to a node's log."""
     try:
-        for handle in os.scandir(f"/proc/{pid}/fd"):
-            found.add(os.readlink(handle.path))
-    except OSError:  # it ended meanwhile
-        pass
-    return found
-
-
-def kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        if Path(f"/proc/{pid}/comm").read_text() != "slurmstepd\n":
+            return False
+        return any(os.readlink(file.path) == str(log) for file in os.scandir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False
 
 
 def parse() -> argparse.Namespace:
