@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["slurm_fixture"]
+
 # Read when the libraries are imported, so set before any of them is.
 _HOME = tempfile.TemporaryDirectory(prefix="forgelm-tests-")
 os.environ.update(
