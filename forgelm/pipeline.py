@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from forgelm.config.lm_tasks import LM_EVAL
 from forgelm.config.rewards import round_of
 from forgelm.config.schema import LoraSection, ModelConfig, RlConfig, RunConfig
 from forgelm.config.validate import uses_teacher
+from forgelm.deadline import Deadline, Pace, deadline
 from forgelm.errors import ConfigError, RunError, Stopped
 from forgelm.export import MERGED, write_merged
 from forgelm.interrupt import point
@@ -60,6 +61,8 @@ def pipeline(run: Run) -> None:
             say(_how_it_ended(run))
         start_session(run)
     run.share()
+    limit = deadline() if run.world.first else None
+    over = heed(run, limit)
     if run.config.model.load_in_4bit:
         from forgelm.models.adapters import check_cuda
 
@@ -77,7 +80,7 @@ def pipeline(run: Run) -> None:
         stop_here(run)
         with explained(run.config, Doing.loading):
             models = load_models(run, task)
-            trainer = build_trainer(run, task, models)
+            trainer = build_trainer(run, task, models, limit)
         if run.world.first:
             say(opening_screen(run, task, models, trainer.args))
         before = evaluate_before(run, task, models, trainer.args.device, harness)
@@ -94,7 +97,18 @@ def pipeline(run: Run) -> None:
         tracker.preempting()
         raise
     finally:
+        over()
         tracker.finish(code)
+
+
+def heed(run: Run, limit: Deadline | None) -> Callable[[], None]:
+    """Say what time there is, and guard it; returns what ends the guard."""
+    if limit is None:
+        return lambda: None
+    say(str(limit))
+    if "pace" in run.metadata:
+        limit.compare(Pace(**run.metadata["pace"]))
+    return limit.guard()
 
 
 def _how_it_ended(run: Run) -> str:
@@ -290,7 +304,7 @@ def base_of(run: Run, model: ModelConfig, labels: list[str] | None) -> Base:
     return base
 
 
-def build_trainer(run: Run, task: TaskData, models: Models) -> Exact:
+def build_trainer(run: Run, task: TaskData, models: Models, limit: Deadline | None) -> Exact:
     """The mode's trainer. Callbacks join it when training begins."""
     from forgelm.modes import builder
     from forgelm.modes.arguments import training_arguments
@@ -313,6 +327,9 @@ def build_trainer(run: Run, task: TaskData, models: Models) -> Exact:
 
     def sealed(step: int) -> None:
         run.update(step=step, latest_checkpoint=run.paths.checkpoint(step).name)
+        if limit is not None and made.pace.save > run.metadata.get("pace", {}).get("save", 0):
+            run.note(pace=asdict(made.pace))
+            limit.compare(made.pace)
 
     parts: dict[str, Any] = {
         "model": models.student,

@@ -37,12 +37,6 @@ def seal_code(output: OutputRoot) -> Path:
     return folder
 
 
-def running() -> str | None:
-    """The name of the sealed code that this process runs from; None: from what is installed."""
-    parts = _PACKAGE.parts
-    return parts[-2] if parts[-4:-2] == OutputRoot.CODE else None
-
-
 def _sources() -> dict[str, Path]:
     """Every file to keep, by its place in the sealed folder."""
     found = {f"forgelm/{name}": path for name, path in _files(_PACKAGE)}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from forgelm import slurm
@@ -36,6 +37,9 @@ RUNS = "runs.txt"
 _SHOWN = 10
 # Of no use to us, or decided elsewhere.
 _NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout", "setup", "signal_delay_s")
+
+
+_MAY_BE_CANCELLED = (Status.submitted, Status.running, Status.preempted)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,39 @@ def launcher_of(paths: RunPaths) -> dict[str, Any] | None:
     """What a run was last submitted with; None: it was started where it was typed."""
     submitted = read_json(paths.metadata).get("submitted") if paths.metadata.is_file() else None
     return None if submitted is None else dict(submitted["launcher"])
+
+
+def changed(launcher: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """A recorded launcher with some of its keys set anew, by `hydra.launcher.KEY=VALUE`.
+
+    Raises:
+        ConfigError: there is no such key, or no launcher.
+    """
+    made = None if launcher is None else dict(launcher)
+    for override in overrides:
+        key, _, value = override.removeprefix("hydra.launcher.").partition("=")
+        if made is None:
+            raise ConfigError(f"{override}: the run was never submitted; add hydra/launcher=slurm")
+        if key not in made:
+            raise ConfigError(f"{override}: no such key; one of {', '.join(sorted(made))}")
+        made[key] = yaml.safe_load(value)
+    return made
+
+
+def note_cancelled(paths: RunPaths) -> bool:
+    """Whether the run was cancelled in Slurm; noted in its state where no process could do it."""
+    state, name = load_state(paths), job_of(paths)
+    if state is None or name is None or state.status not in _MAY_BE_CANCELLED:
+        return False
+    metadata = read_json(paths.metadata)
+    last = metadata["sessions"][-1] if metadata["sessions"] else None
+    since = last is not None and last["started"] > metadata["submitted"]["at"]
+    if last is not None and since and (last["slurm"] or {}).get("job") != name:
+        return False
+    if not (slurm.last_state(name) or "").startswith("CANCELLED"):
+        return False
+    replace(state, status=Status.cancelled).save(paths)
+    return True
 
 
 def _folder(output: OutputRoot) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import forgelm
 from forgelm.run.files import HALF_WRITTEN
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -113,3 +114,9 @@ class OutputRoot:
     def submissions(self) -> Path:
         """A folder for each submission: its script, its runs, what its processes said."""
         return self.root / ".forgelm" / "submissions"
+
+
+def sealed_name() -> str | None:
+    """The name of the sealed code that this process runs; None: it runs what is installed."""
+    parts = Path(forgelm.__file__).parts
+    return parts[-3] if parts[-5:-3] == OutputRoot.CODE else None

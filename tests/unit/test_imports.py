@@ -33,6 +33,7 @@ ORDER = (
     "losses",
     "hub",
     "run",
+    "deadline",
     "slurm",
     "log",
     "memory",
