@@ -73,6 +73,12 @@ def current() -> Job | None:
     )
 
 
+def started_ranks() -> bool:
+    """Whether `srun` started this process as one of several."""
+    job = current()
+    return job is not None and job.ranks > 1
+
+
 def set_rendezvous(job: Job) -> None:
     """Tell torch where this rank stands and where ranks meet, unless the environment says so."""
     number = int(job.id) + int(os.environ.get("SLURM_STEP_ID", "0"))

@@ -365,7 +365,7 @@ REQUESTS: list[tuple[str, ...]] = [
     ),
     (
         "launch.nodes=2",
-        "launch.nodes=2: one machine has one node; …",
+        "launch.nodes=2: this starts no processes on other machines; …",
     ),
     (
         "task.streaming=true training.train_sampling_strategy=sequential",

@@ -1,0 +1,298 @@
+"""Runs on a real cluster, interrupted in every way that Slurm has: they end with the same bytes.
+
+All are submitted at once. Each stops itself (SIGSTOP) within a certain step of its first start, so
+that what happens to it happens there; Slurm's signals wake it up.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from slurm_fixture import Cluster
+
+import forgelm
+from forgelm.drill import order_differences, record_differences, weight_differences
+from forgelm.run.files import read_json
+from forgelm.run.paths import RunPaths
+
+SMALL = (
+    *TINY,
+    "max_steps=12",
+    "training.save_steps=4",
+    "training.eval_strategy=steps",
+    "training.eval_steps=6",
+    "training.record_batches=true",
+)
+STOPS = {"": "training:6:SIGSTOP"}
+ROOT = Path(forgelm.__file__).parents[1]
+
+
+@dataclass
+class Lab:
+    """A folder from which runs are submitted to the cluster."""
+
+    cluster: Cluster
+    folder: Path
+    jobs: dict[str, str] = field(default_factory=dict)
+
+    def forgelm(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**self.cluster.env, **environment}
+        command = [sys.executable, "-m", "forgelm", *words]
+        return subprocess.run(
+            command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300
+        )
+
+    def run(self, name: str) -> RunPaths:
+        (found,) = self.folder.glob(f"outputs/*/*/*/{name}")
+        return RunPaths(found)
+
+    def submit(
+        self,
+        name: str,
+        *words: str,
+        points: dict[str, str] = STOPS,
+        node: str = "node2",
+        **environment: str,
+    ) -> str:
+        """Submit a run that interrupts itself at `points`, by the number of the restart."""
+        script = self.folder / f"{name}.sh"
+        cases = "".join(f"'{n}') export FORGELM_INTERRUPT={p};;\n" for n, p in points.items())
+        script.write_text(f'case "$SLURM_RESTART_COUNT" in\n{cases}esac\n')
+        done = self.forgelm(
+            *SMALL,
+            "hydra/launcher=slurm",
+            f"hydra.launcher.setup=['. {script}']",
+            f"+hydra.launcher.additional_parameters.nodelist='{node}'",
+            "hydra.launcher.timeout_min=30",
+            f"run_name={name}",
+            *words,
+            **environment,
+        )
+        assert done.returncode == 0, done.stderr
+        job = done.stdout.split("Slurm job ")[1].split()[0]
+        self.jobs[name] = job
+        return job
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+        """With longer pauses than the cluster's own: many wait side by side, on few processors."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                jobs = self.cluster.call("squeue", "--states=all", "--long")
+                logs = [f"{log}:\n{log.read_text()[-1500:]}" for log in self.folder.rglob("*.log")]
+                pytest.fail("\n".join([f"{what}: not within {seconds} s", jobs, *logs]))
+            time.sleep(1)
+
+    def stopped(self, name: str, restart: int = 0) -> str:
+        """Wait until all processes of a run have stopped themselves; the job."""
+        job = self.jobs[name]
+
+        def asleep() -> bool:
+            if self.cluster.show(job)["Restarts"] != str(restart):
+                return False
+            states = [state for state, env in processes() if f"SLURM_JOB_ID={job}" in env]
+            return bool(states) and all(state == "T" for state in states)
+
+        self.wait_for(asleep, f"{name}: stops itself in start {restart + 1}")
+        return job
+
+    def signal(self, name: str, sent: str) -> None:
+        """As Slurm sends it before a time limit: what sleeps is woken up."""
+        job = self.stopped(name)
+        for each in (sent, "CONT"):
+            self.cluster.call("scancel", f"--signal={each}", job)
+
+    def ended(self, name: str, status: str = "complete") -> RunPaths:
+        """Wait until a run has a status and its job has left the queue."""
+        paths = self.run(name)
+        self.wait_for(lambda: state_of(paths)["status"] == status, f"{name} is {status}")
+        job = self.jobs.get(name)
+        if job is not None:
+            queued = ("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
+            over = {"COMPLETED", "CANCELLED", "FAILED"}
+            self.wait_for(lambda: self.cluster.call(*queued).strip() in over, f"{job} is over", 60)
+        return paths
+
+
+def state_of(paths: RunPaths) -> dict[str, Any]:
+    return dict(read_json(paths.state))
+
+
+def processes() -> Iterator[tuple[str, list[str]]]:
+    """State and environment of each process that trains."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if b"resume\0--local" not in (entry / "cmdline").read_bytes():
+                continue
+            environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if any(item.startswith("SLURM_STEP_ID=") for item in environment):
+            yield state, environment
+
+
+# What happens to each run. All happen at once.
+
+
+def limit(lab: Lab) -> RunPaths:
+    """Slurm's signal before the time limit."""
+    lab.submit("limit", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60")
+    return lab.ended("limit")
+
+
+def requeued(lab: Lab) -> RunPaths:
+    """Somebody requeues the job."""
+    lab.submit("requeued")
+    lab.cluster.call("scontrol", "requeue", lab.stopped("requeued"))
+    return lab.ended("requeued")
+
+
+def killed(lab: Lab) -> RunPaths:
+    """The step's processes are killed."""
+    lab.submit("killed")
+    lab.cluster.call("scancel", "--signal=KILL", f"{lab.stopped('killed')}.0")
+    return lab.ended("killed")
+
+
+def cancelled(lab: Lab) -> RunPaths:
+    lab.submit("cancelled")
+    lab.cluster.cancel(lab.stopped("cancelled"))
+    return lab.ended("cancelled", "cancelled")
+
+
+def ranks(lab: Lab) -> RunPaths:
+    """Two processes on one node; a signal to both, as before a time limit."""
+    lab.submit("ranks", "launch.ranks_per_node=2")
+    lab.signal("ranks", "USR2")
+    return lab.ended("ranks")
+
+
+def nodes(lab: Lab) -> RunPaths:
+    """A process on each of two nodes: a signal first, then one of the nodes is lost."""
+    again = {**STOPS, "1": "training:3:SIGSTOP"}
+    lab.submit("nodes", "launch.nodes=2", points=again, node="node2,node3")
+    lab.signal("nodes", "USR2")
+    lab.stopped("nodes", restart=1)
+    lab.cluster.kill_node("node3")
+    lab.cluster.revive("node3")
+    return lab.ended("nodes")
+
+
+def crashing(lab: Lab) -> RunPaths:
+    """Every start ends in the same step."""
+    crash = {str(start or ""): "training:2:SIGKILL" for start in range(9)}
+    lab.submit("crashing", "launch.max_idle_restarts=2", points=crash)
+    return lab.ended("crashing", "failed")
+
+
+def edited(lab: Lab) -> RunPaths:
+    """Submitted, then everything is edited that it was made of; then it starts."""
+    configs, code = lab.folder / "configs", lab.folder / "code"
+    (configs / "experiment").mkdir(parents=True)
+    experiment = configs / "experiment/mine.yaml"
+    experiment.write_text("# @package _global_\ntraining: {weight_decay: '${oc.env:DECAY}'}\n")
+    for folder in ("forgelm", "conf"):
+        shutil.copytree(ROOT / folder, code / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    place = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "DECAY": "0.0"}
+    words = ["--config-dir", str(configs), "experiment=mine"]
+    lab.submit(
+        "edited", *words, "+hydra.launcher.additional_parameters.hold=true", points={}, **place
+    )
+    experiment.write_text("# @package _global_\ntraining: {weight_decay: 0.5}\n")
+    (code / "conf/task/nli_mini.yaml").write_text("not: [a, task\n")
+    (code / "forgelm/losses.py").write_text("raise ImportError('edited')\n")
+    lab.cluster.call("scontrol", "release", lab.jobs["edited"])
+    return lab.ended("edited")
+
+
+CASES = (limit, requeued, killed, cancelled, ranks, nodes, crashing, edited)
+
+
+@pytest.fixture(scope="module")
+def lab(one_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    yield Lab(one_cluster, tmp_path_factory.mktemp("lab"))
+    one_cluster.clear()
+
+
+@pytest.fixture(scope="module")
+def outcomes(lab: Lab) -> Iterator[dict[str, Future[RunPaths]]]:
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        yield {case.__name__: pool.submit(case, lab) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab: Lab) -> Callable[..., RunPaths]:
+    """The same run, neither submitted nor interrupted, by its number of ranks."""
+    known: dict[int, RunPaths] = {}
+
+    def made(ranks: int) -> RunPaths:
+        if ranks not in known:
+            name = f"undisturbed-{ranks}"
+            words = [f"launch.ranks_per_node={ranks}", f"run_name={name}"]
+            done = lab.forgelm("train", *SMALL, *words)
+            assert done.returncode == 0, done.stderr
+            known[ranks] = lab.run(name)
+        return known[ranks]
+
+    return made
+
+
+def differences(ours: RunPaths, theirs: RunPaths) -> list[str]:
+    compared = (weight_differences, record_differences, order_differences)
+    return [line for compare in compared for line in compare(ours, theirs)]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "starts", "said"),
+    [
+        ("limit", 1, 2, ["after SIGUSR2", "requeued job {job} by scontrol"]),
+        ("requeued", 1, 2, ["after SIGTERM", "Slurm requeues job {job} already"]),
+        ("killed", 1, 2, ["the start before ended without a word"]),
+        ("ranks", 2, 2, ["after SIGUSR2", "requeued job {job} by scontrol"]),
+        ("nodes", 2, 3, ["after SIGUSR2", "the start before ended without a word"]),
+        ("edited", 1, 1, []),
+    ],
+)
+def test_a_run_ends_with_the_same_bytes(
+    outcomes: dict[str, Future[RunPaths]],
+    undisturbed: Callable[..., RunPaths],
+    lab: Lab,
+    name: str,
+    ranks: int,
+    starts: int,
+    said: list[str],
+) -> None:
+    run = outcomes[name].result()
+    log = run.log.read_text()
+    assert len(read_json(run.metadata)["sessions"]) == starts, log
+    for line in said:
+        assert line.format(job=lab.jobs[name]) in log
+    assert differences(undisturbed(ranks), run) == []
+
+
+def test_a_cancelled_run_stays_so(outcomes: dict[str, Future[RunPaths]], lab: Lab) -> None:
+    run = outcomes["cancelled"].result()
+    assert f"job {lab.jobs['cancelled']} was cancelled" in run.log.read_text()
+    assert lab.cluster.state(lab.jobs["cancelled"]) == "CANCELLED"
+    assert state_of(run)["latest_checkpoint"] == "checkpoint-6"
+    resumed = lab.forgelm("resume", "--incomplete")
+    assert "cancelled" not in resumed.stdout
+
+
+def test_a_run_that_gains_nothing_ends(outcomes: dict[str, Future[RunPaths]]) -> None:
+    run = outcomes["crashing"].result()
+    sessions = read_json(run.metadata)["sessions"]
+    assert len(sessions) == 3
+    assert "2 starts in a row of Slurm job" in sessions[-1]["reason"]
+    assert "launch.max_idle_restarts=2" in sessions[-1]["reason"]
