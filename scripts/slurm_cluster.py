@@ -283,7 +283,8 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
         found = {pid for pid in parents if runs_steps(pid, log) or self.started_on(pid, name)}
         while more := {pid for pid, above in parents.items() if above in found} - found:
             found |= more
-        for pid in found:
+        # Children first: the kernel wakes a stopped process whose parent dies.
+        for pid in sorted(found, reverse=True):
             with suppress(ProcessLookupError):
                 os.kill(pid, how)
 
