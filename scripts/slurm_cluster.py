@@ -113,10 +113,10 @@ class Cluster:
         if running:
             self.run("scontrol", "reconfigure")
         else:
-            self.run("slurmctld", "-f", str(self.conf))
+            # -c: the jobs of the time before `down` are no more.
+            self.run("slurmctld", "-c", "-f", str(self.conf))
         for name in self.names():
-            if not self.pid(f"slurmd.{name}"):
-                self.run("slurmd", "-N", name, "-f", str(self.conf))
+            self.start_node(name)
         for name in self.names():
             self.wait_for_node(name)
 
@@ -142,8 +142,7 @@ class Cluster:
     def revive(self, name: str) -> None:
         """Bring a killed node back."""
         self.check_name(name)
-        if not self.pid(f"slurmd.{name}"):
-            self.run("slurmd", "-N", name, "-f", str(self.conf))
+        self.start_node(name)
         self.wait_for_node(name)
 
     def status(self) -> str:
@@ -244,18 +243,23 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
                 f"--log-file={self.folder}/log/munged.log",
             )
 
+    def start_node(self, name: str) -> None:
+        if not self.pid(f"slurmd.{name}"):
+            self.run("slurmd", "-N", name, "-f", str(self.conf))
+        elif self.state(name) in ("down", "drained"):
+            self.run("scontrol", "update", f"nodename={name}", "state=resume")
+
+    def state(self, name: str) -> str:
+        return self.run("sinfo", "-h", "-p", "main", "-n", name, "-o", "%T", check=False).strip()
+
     def wait_for_node(self, name: str) -> None:
         """Raises: Failed if the node is not ready within a minute."""
-
-        def ready() -> bool:
-            state = self.run("sinfo", "-h", "-p", "main", "-n", name, "-o", "%T", check=False)
-            if "down" in state or "drain" in state:
-                self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
-            return state.strip() in ("idle", "mixed", "allocated", "completing")
-
-        if not wait(ready, 60):
+        ready = ("idle", "mixed", "allocated", "completing")
+        if not wait(lambda: self.state(name) in ready, 60):
             log = (self.folder / f"log/slurmd.{name}.log").read_text()
-            raise Failed(f"{name} is not ready after 60 s; its log ends\n{log[-1000:]}")
+            raise Failed(
+                f"{name} is {self.state(name)} after 60 s, not ready; its log ends\n{log[-1000:]}"
+            )
 
     def pid(self, daemon: str) -> int | None:
         """The id of a daemon's process, if it lives and is this cluster's."""
@@ -279,7 +283,8 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
         found = {pid for pid in parents if runs_steps(pid, log) or self.started_on(pid, name)}
         while more := {pid for pid, above in parents.items() if above in found} - found:
             found |= more
-        for pid in found:
+        # Children first: the kernel wakes a stopped process whose parent dies.
+        for pid in sorted(found, reverse=True):
             with suppress(ProcessLookupError):
                 os.kill(pid, how)
 

@@ -74,10 +74,8 @@ class Cluster:
     def preempt(self, job: str) -> str:
         """Submit a short job that needs the nodes on which the job runs; its id."""
         nodes = self.show(job)["NodeList"]
-        return self.submit(
-            "--partition=high", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null",
-            "--wrap=true",
-        )  # fmt: skip
+        words = ("--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
+        return self.submit(*words, f"--nodelist={nodes}")
 
     def kill_node(self, name: str) -> None:
         """As if its cable were pulled; it comes back by `revive`, or when the test ends."""
