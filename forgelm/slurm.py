@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -29,8 +30,6 @@ _ASK_TIMEOUT_S = 15.0
 _ATTEMPTS = 3
 _PAUSE_S = 2.0
 _LINGER_S = 3600.0
-# Slurm's own signals for a requeue must not end the scontrol that asks for it.
-_SHIELDED = 'trap "" TERM USR1 USR2 HUP INT CONT; exec "$@"'
 # Outside the range from which systems give ports to connections.
 _FIRST_PORT, _PORTS = 15000, 16000
 
@@ -134,17 +133,14 @@ def ask(job: Job) -> Facts | None:
 
 def _facts(text: str) -> Facts:
     values = dict(re.findall(r"(\w+)=(\S*)", text.splitlines()[0]))
-    start, end = _time(values.get("StartTime")), _time(values.get("EndTime"))
-    limit = minutes(values.get("TimeLimit", ""))
-    ran = None if start is None else (datetime.now() - start).total_seconds()
     return Facts(
         state=values["JobState"],
         preempted=values.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
         restarts=int(values.get("Restarts", "0")),
         batch=values.get("BatchFlag") != "0",
         partition=values.get("Partition", ""),
-        end=end,
-        overtime=ran is not None and limit is not None and ran >= 60 * limit,
+        end=_time(values.get("EndTime")),
+        overtime=values.get("Reason") == "TimeLimit",
     )
 
 
@@ -153,15 +149,6 @@ def _time(text: str | None) -> datetime | None:
         return datetime.fromisoformat(text or "")
     except ValueError:
         return None
-
-
-def minutes(text: str) -> float | None:
-    """A time limit in Slurm's notation, `[days-]hours:minutes:seconds`; None: there is none."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    if found is None:
-        return None
-    days, hours, whole, seconds = (int(part or 0) for part in found.groups())
-    return 1440 * days + 60 * hours + whole + seconds / 60
 
 
 def grace(partition: str) -> float | None:
@@ -262,8 +249,7 @@ def requeue(job: Job) -> str | None:
         if attempt:
             time.sleep(_PAUSE_S)
         code, out = _call("scontrol", "requeue", job.name)
-        # Slurm's own signal may end scontrol once it has done its work.
-        if code in (0, -15):
+        if code == 0:
             return None
         problem = " ".join(out.split())[:200] or "no scontrol"
         if code is None or "disabled" in out or "Invalid" in out:
@@ -284,15 +270,24 @@ def _call(*words: str) -> tuple[int | None, str]:
     program = shutil.which(words[0])
     if program is None:
         return None, ""
+    # Slurm's own signals for a requeue must not end the scontrol that asks for it: what is blocked
+    # here is so in the child from its first moment on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
     try:
-        done = subprocess.run(
-            ["sh", "-c", _SHIELDED, "sh", program, *words[1:]],
+        process = subprocess.Popen(
+            [program, *words[1:]],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_ASK_TIMEOUT_S,
             start_new_session=True,
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return 1, "no answer"
-    return done.returncode, done.stdout
+    except OSError as error:
+        return 1, str(error)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        return process.wait(_ASK_TIMEOUT_S), process.communicate()[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return 1, f"no answer within {_ASK_TIMEOUT_S:.0f} s"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,8 @@ SMALL = (
     "training.eval_steps=6",
     "training.record_batches=true",
 )
-STOPS = {"": "training:6:SIGSTOP"}
+SEEDS = range(1, 9)
+STOPS = {"/": "training:6:SIGSTOP"}
 ROOT = Path(forgelm.__file__).parents[1]
 
 
@@ -44,6 +46,7 @@ class Lab:
     cluster: Cluster
     folder: Path
     jobs: dict[str, str] = field(default_factory=dict)
+    by_term: threading.Event = field(default_factory=threading.Event)
 
     def forgelm(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**self.cluster.env, **environment}
@@ -64,10 +67,10 @@ class Lab:
         node: str = "node2",
         **environment: str,
     ) -> str:
-        """Submit a run that interrupts itself at `points`, by the number of the restart."""
+        """Submit a run that interrupts itself at `points`, by `restart/task of an array`."""
         script = self.folder / f"{name}.sh"
         cases = "".join(f"'{n}') export FORGELM_INTERRUPT={p};;\n" for n, p in points.items())
-        script.write_text(f'case "$SLURM_RESTART_COUNT" in\n{cases}esac\n')
+        script.write_text(f'case "$SLURM_RESTART_COUNT/$SLURM_ARRAY_TASK_ID" in\n{cases}esac\n')
         done = self.forgelm(
             *SMALL,
             "hydra/launcher=slurm",
@@ -93,18 +96,20 @@ class Lab:
                 pytest.fail("\n".join([f"{what}: not within {seconds} s", jobs, *logs]))
             time.sleep(1)
 
+    def asleep(self, *jobs: str, restart: int = 0) -> None:
+        """Wait until all processes of some jobs have stopped themselves."""
+
+        def all_are() -> bool:
+            found = [(job, state) for job, count, state in processes() if count == restart]
+            there = {job for job, _ in found}
+            return there >= {*jobs} and all(state == "T" for job, state in found if job in jobs)
+
+        self.wait_for(all_are, f"{jobs} stop themselves in start {restart + 1}")
+
     def stopped(self, name: str, restart: int = 0) -> str:
-        """Wait until all processes of a run have stopped themselves; the job."""
-        job = self.jobs[name]
-
-        def asleep() -> bool:
-            if self.cluster.show(job)["Restarts"] != str(restart):
-                return False
-            states = [state for state, env in processes() if f"SLURM_JOB_ID={job}" in env]
-            return bool(states) and all(state == "T" for state in states)
-
-        self.wait_for(asleep, f"{name}: stops itself in start {restart + 1}")
-        return job
+        """The job of a run, once it has stopped itself."""
+        self.asleep(self.jobs[name], restart=restart)
+        return self.jobs[name]
 
     def signal(self, name: str, sent: str) -> None:
         """As Slurm sends it before a time limit: what sleeps is woken up."""
@@ -128,18 +133,22 @@ def state_of(paths: RunPaths) -> dict[str, Any]:
     return dict(read_json(paths.state))
 
 
-def processes() -> Iterator[tuple[str, list[str]]]:
-    """State and environment of each process that trains."""
+def processes() -> Iterator[tuple[str, int, str]]:
+    """Job, restart and state of each process that trains."""
     for entry in Path("/proc").iterdir():
         try:
             if b"resume\0--local" not in (entry / "cmdline").read_bytes():
                 continue
-            environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            text = (entry / "environ").read_bytes().decode(errors="replace")
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if any(item.startswith("SLURM_STEP_ID=") for item in environment):
-            yield state, environment
+        values = dict(item.partition("=")[::2] for item in text.split("\0"))
+        if "SLURM_STEP_ID" in values:
+            array = values.get("SLURM_ARRAY_JOB_ID")
+            task = f"{array}_{values.get('SLURM_ARRAY_TASK_ID')}"
+            job = task if array else values["SLURM_JOB_ID"]
+            yield job, int(values.get("SLURM_RESTART_COUNT", 0)), state
 
 
 # What happens to each run. All happen at once.
@@ -180,7 +189,7 @@ def ranks(lab: Lab) -> RunPaths:
 
 def nodes(lab: Lab) -> RunPaths:
     """A process on each of two nodes: a signal first, then one of the nodes is lost."""
-    again = {**STOPS, "1": "training:3:SIGSTOP"}
+    again = {**STOPS, "1/": "training:3:SIGSTOP"}
     lab.submit("nodes", "launch.nodes=2", points=again, node="node2,node3")
     lab.signal("nodes", "USR2")
     lab.stopped("nodes", restart=1)
@@ -189,9 +198,34 @@ def nodes(lab: Lab) -> RunPaths:
     return lab.ended("nodes")
 
 
+def array(lab: Lab) -> list[RunPaths]:
+    """An array, of which those that run are preempted; then one run, by the job's own signal."""
+    low = "hydra.launcher.partition=low"
+    points = {"/0": "training:3:SIGSTOP", "/3": "training:2:SIGSTOP"}
+    seeds = f"seed={','.join(map(str, SEEDS))}"
+    job = lab.submit("array", "-m", seeds, low, "max_steps=6", points=points, node="node1")
+    tasks = [f"{job}_{index}" for index in range(len(SEEDS))]
+    lab.asleep(tasks[0], tasks[3])
+    lab.cluster.preempt(tasks[0])
+    lab.cluster.wait_for_restart(tasks[3], seconds=120)
+    lab.by_term.set()
+    return [lab.ended(folder.name) for folder in lab.folder.glob("outputs/*/*/*/array-*")]
+
+
+def signalled(lab: Lab) -> RunPaths:
+    """Preempted by the job's own signal: see the cluster's configuration."""
+    lab.submit("signalled", "hydra.launcher.partition=low", node="node3")
+    job = lab.stopped("signalled")
+    # It is for all jobs, and those of the array are to get SIGTERM.
+    assert lab.by_term.wait(240)
+    lab.cluster.configure("--user-signal")
+    lab.cluster.preempt(job)
+    return lab.ended("signalled")
+
+
 def crashing(lab: Lab) -> RunPaths:
     """Every start ends in the same step."""
-    crash = {str(start or ""): "training:2:SIGKILL" for start in range(9)}
+    crash = {f"{start or ''}/": "training:2:SIGKILL" for start in range(9)}
     lab.submit("crashing", "launch.max_idle_restarts=2", points=crash)
     return lab.ended("crashing", "failed")
 
@@ -204,7 +238,7 @@ def edited(lab: Lab) -> RunPaths:
     experiment.write_text("# @package _global_\ntraining: {weight_decay: '${oc.env:DECAY}'}\n")
     for folder in ("forgelm", "conf"):
         shutil.copytree(ROOT / folder, code / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    place = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "DECAY": "0.0"}
+    place = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "DECAY": "0.01"}
     words = ["--config-dir", str(configs), "experiment=mine"]
     lab.submit(
         "edited", *words, "+hydra.launcher.additional_parameters.hold=true", points={}, **place
@@ -216,7 +250,9 @@ def edited(lab: Lab) -> RunPaths:
     return lab.ended("edited")
 
 
-CASES = (limit, requeued, killed, cancelled, ranks, nodes, crashing, edited)
+CASES: tuple[Callable[[Lab], Any], ...] = (
+    limit, requeued, killed, cancelled, ranks, nodes, array, signalled, crashing, edited,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -226,24 +262,22 @@ def lab(one_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def outcomes(lab: Lab) -> Iterator[dict[str, Future[RunPaths]]]:
+def outcomes(lab: Lab) -> Iterator[dict[str, Future[Any]]]:
     with ThreadPoolExecutor(len(CASES)) as pool:
         yield {case.__name__: pool.submit(case, lab) for case in CASES}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lab: Lab) -> Callable[..., RunPaths]:
-    """The same run, neither submitted nor interrupted, by its number of ranks."""
-    known: dict[int, RunPaths] = {}
+def undisturbed(lab: Lab) -> Callable[..., list[RunPaths]]:
+    """The same runs, neither submitted nor interrupted, by what was typed for them."""
+    known: dict[tuple[str, ...], str] = {}
 
-    def made(ranks: int) -> RunPaths:
-        if ranks not in known:
-            name = f"undisturbed-{ranks}"
-            words = [f"launch.ranks_per_node={ranks}", f"run_name={name}"]
-            done = lab.forgelm("train", *SMALL, *words)
+    def made(*words: str) -> list[RunPaths]:
+        if words not in known:
+            known[words] = f"undisturbed{len(known)}"
+            done = lab.forgelm("train", *SMALL, *words, f"run_name={known[words]}")
             assert done.returncode == 0, done.stderr
-            known[ranks] = lab.run(name)
-        return known[ranks]
+        return [RunPaths(path) for path in lab.folder.glob(f"outputs/*/*/*/{known[words]}*")]
 
     return made
 
@@ -260,28 +294,51 @@ def differences(ours: RunPaths, theirs: RunPaths) -> list[str]:
         ("requeued", 1, 2, ["after SIGTERM", "Slurm requeues job {job} already"]),
         ("killed", 1, 2, ["the start before ended without a word"]),
         ("ranks", 2, 2, ["after SIGUSR2", "requeued job {job} by scontrol"]),
-        ("nodes", 2, 3, ["after SIGUSR2", "the start before ended without a word"]),
+        ("nodes", 2, 3, ["after SIGUSR2", "another rank of this run ended"]),
+        ("signalled", 1, 2, ["after SIGUSR2", "requeued job {job} by scontrol"]),
         ("edited", 1, 1, []),
     ],
 )
 def test_a_run_ends_with_the_same_bytes(
-    outcomes: dict[str, Future[RunPaths]],
-    undisturbed: Callable[..., RunPaths],
+    outcomes: dict[str, Future[Any]],
+    undisturbed: Callable[..., list[RunPaths]],
     lab: Lab,
     name: str,
     ranks: int,
     starts: int,
     said: list[str],
 ) -> None:
-    run = outcomes[name].result()
+    run: RunPaths = outcomes[name].result()
     log = run.log.read_text()
     assert len(read_json(run.metadata)["sessions"]) == starts, log
     for line in said:
         assert line.format(job=lab.jobs[name]) in log
-    assert differences(undisturbed(ranks), run) == []
+    (alone,) = undisturbed(f"launch.ranks_per_node={ranks}")
+    assert differences(alone, run) == []
 
 
-def test_a_cancelled_run_stays_so(outcomes: dict[str, Future[RunPaths]], lab: Lab) -> None:
+def test_each_run_of_an_array_ends_with_the_same_bytes(
+    outcomes: dict[str, Future[Any]], undisturbed: Callable[..., list[RunPaths]]
+) -> None:
+    def by_seed(runs: list[RunPaths]) -> dict[int, RunPaths]:
+        return {read_json(run.metadata)["seed"]: run for run in runs}
+
+    ours = by_seed(outcomes["array"].result())
+    seeds = f"seed={','.join(map(str, SEEDS))}"
+    theirs = by_seed(undisturbed("-m", seeds, "max_steps=6"))
+    assert sorted(ours) == sorted(theirs) == [*SEEDS]
+    for seed, run in ours.items():
+        sessions = read_json(run.metadata)["sessions"]
+        assert {session["slurm"]["job"].partition("_")[2] for session in sessions} == {
+            str(seed - 1)
+        }
+        assert differences(theirs[seed], run) == []
+    for seed in (1, 4):
+        assert state_of(ours[seed])["restarts"] == 1
+        assert "after SIGTERM" in ours[seed].log.read_text()
+
+
+def test_a_cancelled_run_stays_so(outcomes: dict[str, Future[Any]], lab: Lab) -> None:
     run = outcomes["cancelled"].result()
     assert f"job {lab.jobs['cancelled']} was cancelled" in run.log.read_text()
     assert lab.cluster.state(lab.jobs["cancelled"]) == "CANCELLED"
@@ -290,9 +347,9 @@ def test_a_cancelled_run_stays_so(outcomes: dict[str, Future[RunPaths]], lab: La
     assert "cancelled" not in resumed.stdout
 
 
-def test_a_run_that_gains_nothing_ends(outcomes: dict[str, Future[RunPaths]]) -> None:
+def test_a_run_that_gains_nothing_ends(outcomes: dict[str, Future[Any]]) -> None:
     run = outcomes["crashing"].result()
     sessions = read_json(run.metadata)["sessions"]
-    assert len(sessions) == 3
+    assert len(sessions) == 4
     assert "2 starts in a row of Slurm job" in sessions[-1]["reason"]
     assert "launch.max_idle_restarts=2" in sessions[-1]["reason"]
