@@ -18,9 +18,10 @@ from forgelm.launch import LOST, together
 from forgelm.log import log, say, set_up, to_file
 from forgelm.pipeline import pipeline
 from forgelm.resolve import Plan, resolve, sealed_plan, settle
+from forgelm.run.files import read_json
 from forgelm.run.lifecycle import Run, end_session, enrol, follower, is_complete, opened
-from forgelm.run.paths import RunPaths
-from forgelm.run.registry import unregister
+from forgelm.run.paths import OutputRoot, RunPaths
+from forgelm.run.registry import incomplete, unregister
 from forgelm.run.state import Stage, Status
 from forgelm.world import ALONE, World, join
 
@@ -57,7 +58,7 @@ def start(
                     f"not begun ({stop.requested()}): the same command begins or goes on with it"
                 )
             if job is None or job.ranks == 1:
-                _begin(settle(resolve(config, overrides, in_sweep, teacher_run)), Ranks())
+                _begin(_planned(config, overrides, in_sweep, teacher_run, job), Ranks())
                 return EXIT_OK
             slurm.set_rendezvous(job)
             world = join()
@@ -66,7 +67,7 @@ def start(
             config = replace(config, launch=_as_started(config.launch, job))
             ranks = Ranks(world)
             try:
-                _begin(settle(resolve(config, overrides, in_sweep, teacher_run)), ranks)
+                _begin(_planned(config, overrides, in_sweep, teacher_run, job), ranks)
             finally:
                 ranks.tell(None)
         except Stopped:
@@ -75,6 +76,23 @@ def start(
                 slurm.linger()
             raise
     return EXIT_OK
+
+
+def _planned(
+    config: RunConfig,
+    overrides: list[str],
+    in_sweep: bool,
+    teacher_run: RunConfig | None,
+    job: slurm.Job | None,
+) -> Plan:
+    """The run asked for. A requeued job goes on with what it began, whatever was edited since."""
+    if job is not None and job.restarts and config.resume is None:
+        for root in incomplete(OutputRoot(Path(config.output_root).expanduser())):
+            metadata = read_json(RunPaths(root).metadata)
+            theirs = [(session.get("slurm") or {}).get("job") for session in metadata["sessions"]]
+            if metadata["overrides"] == overrides and job.name in theirs[-1:]:
+                return sealed_plan(root.resolve())
+    return settle(resolve(config, overrides, in_sweep, teacher_run))
 
 
 def _as_started(launch: LaunchConfig, job: slurm.Job) -> LaunchConfig:

@@ -159,7 +159,7 @@ def note_cancelled(paths: RunPaths) -> bool:
     metadata = read_json(paths.metadata)
     last = metadata["sessions"][-1] if metadata["sessions"] else None
     since = last is not None and last["started"] > metadata["submitted"]["at"]
-    if last is not None and since and (last["slurm"] or {}).get("job") != name:
+    if last is not None and since and (last.get("slurm") or {}).get("job") != name:
         return False
     if not (slurm.last_state(name) or "").startswith("CANCELLED"):
         return False
