@@ -116,7 +116,7 @@ def _points(kept: list[Override], request: Request, findings: Findings) -> list[
 
 def _nodes(config: RunConfig, composed: DictConfig) -> list[str]:
     """Several machines need somebody who starts a process on each."""
-    if config.launch.nodes == 1 or slurm.started_ranks():
+    if config.launch.nodes <= 1 or slurm.started_ranks():
         return []
     if composed.hydra.runtime.choices.get("hydra/launcher") not in HERE:
         return []
