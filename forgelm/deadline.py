@@ -14,6 +14,7 @@ from forgelm.log import log, say
 # A job that would be ended at its limit is requeued this long before: Slurm wouldn't do it.
 _RESERVE_S = 20.0
 _AGAIN_S = 60.0
+_LEAST_LEAD_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Deadline:
                 "with hydra.launcher.signal_delay_s=%.0f",
                 needs,
                 self.lead,
-                2 * pace.to_stop,
+                max(_LEAST_LEAD_S, 2 * pace.to_stop),
             )
         if self.grace is not None and pace.to_stop > self.grace:
             self._warned = pace.to_stop
