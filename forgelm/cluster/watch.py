@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from forgelm import slurm, stop
 from forgelm.cluster.submit import Submission
@@ -34,25 +36,30 @@ def wait(made: Submission) -> int:
     with stop.listening():
         while True:
             queue = _queue(made)
-            for name, paths in zip(made.names, made.runs, strict=True):
-                state = load_state(paths)
-                assert state is not None
+            states = [load_state(paths) or TrainingState() for paths in made.runs]
+            for name, paths, state in zip(made.names, made.runs, states, strict=True):
                 line = _line(name, paths, state, queue)
-                gone = queue is not None and name not in queue
-                missing[paths] = missing[paths] + 1 if gone else 0
                 if said.get(paths) != line:
                     said[paths] = line
                     say(line)
+                gone = queue is not None and name not in queue
+                missing[paths] = missing[paths] + 1 if gone else 0
                 if state.status in _OVER:
                     missing[paths] = _PATIENCE
             if all(missing[paths] >= _PATIENCE for paths in made.runs):
-                break
-            for _ in range(int(_POLL_S / 0.1)):
-                if stop.requested() is not None:
-                    say("waiting no more; the runs go on")
-                    return EXIT_STOPPED
-                time.sleep(0.1)
-    return worst(_code(paths) for paths in made.runs)
+                return worst(_CODES.get(state.status, EXIT_TRAINING_ERROR) for state in states)
+            if sys.stdout.isatty():
+                say(_summary(states), live=True)
+            if _stopped_within(_POLL_S):
+                say("waiting no more; the runs go on")
+                return EXIT_STOPPED
+
+
+def _stopped_within(seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while stop.requested() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    return stop.requested() is not None
 
 
 def _queue(made: Submission) -> dict[str, str] | None:
@@ -63,12 +70,13 @@ def _queue(made: Submission) -> dict[str, str] | None:
 
 
 def _line(name: str, paths: RunPaths, state: TrainingState, queue: dict[str, str] | None) -> str:
-    goal = "" if state.target is None else f", step {state.step} of {state.target}"
-    restarts = f", {state.restarts} restarts" if state.restarts else ""
     place = "" if queue is None else f" ({queue.get(name, 'not in the queue').lower()})"
-    return f"{name} {paths.root.name}: {state.status}{place}{goal}{restarts}"
+    restarts = f", restart {state.restarts}" if state.restarts else ""
+    return f"{name} {paths.root.name}: {state.status}{place}{restarts}"
 
 
-def _code(paths: RunPaths) -> int:
-    state = load_state(paths)
-    return EXIT_TRAINING_ERROR if state is None else _CODES.get(state.status, EXIT_TRAINING_ERROR)
+def _summary(states: Sequence[TrainingState]) -> str:
+    counts = Counter(state.status for state in states)
+    steps = [f"{s.step}/{s.target}" for s in states if s.status is Status.running and s.target]
+    parts = [f"{count} {status}" for status, count in sorted(counts.items())]
+    return f"{', '.join(parts)}{'; steps ' + ' '.join(steps[:8]) if steps else ''}"
