@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from forgelm.cli.train import request_from
+from forgelm.cluster import submit
 from forgelm.config.request import check_request, teacher_run
 from forgelm.config.schema import RunConfig
 from forgelm.errors import EXIT_OK, ConfigError, RunError
@@ -24,6 +25,8 @@ def main(argv: Sequence[str]) -> int:
     points = check_request(request)
     if len(points) > 1:
         raise ConfigError(f"drill takes one config, not a sweep of {len(points)}: leave out -m")
+    if submit.chosen(points[0].composed) is not None:
+        raise ConfigError("drill interrupts runs of its own, here: leave out hydra/launcher")
     config = points[0].config
     if config.resume is not None:
         raise ConfigError(f"resume={config.resume}: drill makes runs of its own; leave it out")

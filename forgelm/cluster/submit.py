@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,8 @@ def to_slurm(
             # Ranks that wait for a dead one would wait until the time limit.
             srun_args=["--kill-on-bad-exit=1"],
         )
-        with _outside_of_jobs():
+        # What sbatch says is said once, below.
+        with _outside_of_jobs(), redirect_stderr(io.StringIO()):
             jobs = executor.map_array(_in_the_job, range(len(plans)))
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"Slurm refuses this: {_said(str(error))}") from error

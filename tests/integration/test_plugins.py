@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -55,6 +57,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(site: Path, tmp_path: Path) -> Installed:
     """`forgelm` beside the example."""
     return lambda *words, **environment: run(tmp_path, site, *words, **environment)
+
+
+def test_a_submitted_run_keeps_the_packages_of_that_time(site: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "site"
+    shutil.copytree(site, theirs)
+    done = run(tmp_path, theirs, "train", *SMALL, "hydra/launcher=local")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(theirs)
+    folder = only_run(tmp_path / "outputs")
+    end = time.monotonic() + 120
+    while read_json(folder / "training_state.json")["status"] in ("submitted", "running"):
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    metadata = read_json(folder / "run_metadata.json")
+    assert read_json(folder / "training_state.json")["status"] == "complete", metadata["sessions"]
+    (session,) = metadata["sessions"]
+    assert session["code"] == metadata["submitted"]["code"]
+    assert (tmp_path / "outputs/.forgelm/code" / session["code"] / "forgelm_example").is_dir()
 
 
 def test_task_mode_and_metric_of_the_example(installed: Installed, tmp_path: Path) -> None:
