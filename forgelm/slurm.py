@@ -82,10 +82,12 @@ def set_rendezvous(job: Job) -> None:
     """Tell torch where this rank stands and where ranks meet, unless the environment says so."""
     number = int(job.id) + int(os.environ.get("SLURM_STEP_ID", "0"))
     alone = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    # Where Slurm shows each process one GPU of its own, that is the first one for all.
+    own_gpu = re.fullmatch(r"\d+", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     found = {
         "RANK": str(job.rank),
         "WORLD_SIZE": str(job.ranks),
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if own_gpu else os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(job.ranks // job.nodes),
         "MASTER_PORT": str(_FIRST_PORT + number % _PORTS),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
