@@ -262,10 +262,10 @@ def weight_differences(ours: RunPaths, theirs: RunPaths) -> list[str]:
     last = [run.checkpoints()[0].name for run in (ours, theirs)]
     if last[0] != last[1]:
         return [*found, f"the last checkpoint is {last[1]} instead of {last[0]}"]
-    for name in ("optimizer.pt", "scheduler.pt", "ranks.pt"):
-        trees = [load_tree(run.root / last[0] / name) for run in (ours, theirs)]
-        if not _equal(*trees):
-            found.append(f"{last[0]}/{name}")
+    trees = {p.relative_to(ours.root) for p in (ours.root / last[0]).rglob("*.pt")}
+    for tree in sorted(trees):
+        if not _equal(*(load_tree(run.root / tree) for run in (ours, theirs))):
+            found.append(str(tree))
     return found
 
 

@@ -22,6 +22,8 @@ _NOT_PASSED = {
     "early_stopping_threshold",
     "eval_steps",
     "eval_strategy",
+    "fsdp",
+    "fsdp_config",
     "load_best_model_at_end",
     "record_batches",
     "save_in_background",
@@ -61,6 +63,7 @@ def training_arguments(
         # Without it the buckets are rebuilt after a start's first step, and sums come out in
         # another order than without the restart.
         ddp_find_unused_parameters=True,
+        **_sharding(config),
         greater_is_better=config.task.greater_is_better,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -73,6 +76,15 @@ def training_arguments(
         # Several GPUs without ranks: the trainer would wrap the model in DataParallel unasked.
         arguments._n_gpu = 1
     return arguments
+
+
+def _sharding(config: RunConfig) -> dict[str, Any]:
+    if not config.training.fsdp:
+        return {}
+    return {
+        "fsdp": True,
+        "fsdp_config": plain(config.training.fsdp_config),
+    }
 
 
 def use_bf16(training: TrainingConfig) -> bool:
