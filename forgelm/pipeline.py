@@ -568,7 +568,7 @@ def finalize(
     # Off with mixed precision: what is measured is what from_pretrained gives.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     stop_here(run)
-    weights = gathered(model, run.world.first)
+    weights = gathered(model, run.world.first, frozen=base is None)
     if run.world.first:
         save_final(run, model, task, base, weights)
     del weights
@@ -620,7 +620,7 @@ def save_final(
         if base is None:
             model.save_pretrained(beside, state_dict=weights)
         else:
-            adapters.save(model, beside, base)
+            adapters.save(model, beside, base, weights)
         task.reader.save_pretrained(beside)
         files = sorted(beside.iterdir())
         run.note(final_files=[file.name for file in files])

@@ -43,20 +43,22 @@ def like(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     )
 
 
-def gathered(model: Any, keep: bool) -> dict[str, torch.Tensor] | None:
+def gathered(model: Any, keep: bool, frozen: bool) -> dict[str, torch.Tensor] | None:
     """The whole state of a sharded model in the host's memory, on the ranks that are to `keep` it.
 
-    All ranks together, one tensor at a time. None for a model that isn't sharded. Tensors that are
-    tied stay one tensor.
+    All ranks together, one tensor at a time, `frozen` parameters only where they are wanted. None
+    for a model that isn't sharded. Tensors that are tied stay one tensor.
     """
     if not is_sharded(model):
         return None
     made: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) not in made:
-                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                made[id(tensor)] = whole.detach().cpu() if keep else torch.empty(0)
-            state[name] = made[id(tensor)]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not frozen and isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
+            continue
+        if id(tensor) not in made:
+            whole = tensor.detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            made[id(tensor)] = whole.cpu() if keep else torch.empty(0)
+        state[name] = made[id(tensor)]
     return state if keep else {}

@@ -50,7 +50,7 @@ def training_arguments(
     training = config.training
     arguments = kind(
         output_dir=str(root),
-        **_passed(training),
+        **_passed(training) | _sharding(config),
         bf16=use_bf16(training),
         # The trainer takes bf16 on a processor only when told that there is nothing else.
         use_cpu=training.use_cpu or not torch.accelerator.is_available(),
@@ -63,7 +63,6 @@ def training_arguments(
         # Without it the buckets are rebuilt after a start's first step, and sums come out in
         # another order than without the restart.
         ddp_find_unused_parameters=True,
-        **_sharding(config),
         greater_is_better=config.task.greater_is_better,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -72,6 +71,9 @@ def training_arguments(
         report_to="none",
         **more,
     )
+    # Only now: with fsdp it would be advised against, for a way that draws another dropout when it
+    # computes a second time.
+    arguments.activation_checkpointing = training.activation_checkpointing
     if arguments.n_gpu > 1:
         # Several GPUs without ranks: the trainer would wrap the model in DataParallel unasked.
         arguments._n_gpu = 1
@@ -82,6 +84,7 @@ def _sharding(config: RunConfig) -> dict[str, Any]:
     if not config.training.fsdp:
         return {}
     return {
+        "activation_checkpointing": False,
         "fsdp": True,
         "fsdp_config": plain(config.training.fsdp_config),
     }

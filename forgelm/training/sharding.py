@@ -75,18 +75,16 @@ def _layers(model: Any, asked: list[str] | None) -> list[str]:
     for layer in model.modules():
         name = type(layer).__name__
         within[name] = within.get(name, False) or any(part in ends for part in layer.modules())
-    if asked is None:
-        own = sorted(getattr(model, "_no_split_modules", None) or [])
-        return [name for name in own if not within.get(name, True)]
-    for name in asked:
+    named = sorted(getattr(model, "_no_split_modules", None) or [])
+    own = [name for name in named if not within.get(name, True)]
+    for name in asked or ():
         if within.get(name, True):
             wrong = "holds the embeddings or the head" if name in within else "isn't in the model"
-            there = ", ".join(sorted(getattr(model, "_no_split_modules", None) or []))
             raise ConfigError(
-                f"training.fsdp_config.transformer_layer_cls_to_wrap: {name} {wrong}; the model "
-                f"names {there or 'none'} itself, which null takes"
+                f"training.fsdp_config.transformer_layer_cls_to_wrap: {name} {wrong}; null takes "
+                f"those that the model names: {', '.join(own) or 'none'}"
             )
-    return asked
+    return own if asked is None else asked
 
 
 def optimizer_state(parts: dict[str, Any], optimizer: Any) -> dict[str, Any]:
