@@ -49,15 +49,15 @@ def records_of(
         for start in range(0, len(rows), batch_size)
     ]
     mine = batches[world.rank :: world.size]
-    turns = math.ceil(len(batches) / world.size)
+    rounds = math.ceil(len(batches) / world.size)
     if together:
         # Who has no batch left must compute all the same; what comes of it isn't looked at.
-        mine += batches[:1] * (turns - len(mine))
+        mine += batches[:1] * (rounds - len(mine))
     loader: DataLoader[Any] = DataLoader(rows, batch_sampler=mine, collate_fn=scorer.collator)
     own, parts = iter(loader), []
-    # What is put together of shards is kept for training, which tensors made for inference can't do.
+    # The tensors that shards are put together in are training's too, which may not be inference's.
     with torch.no_grad() if together else torch.inference_mode():
-        for _turn in range(turns):
+        for _ in range(rounds):
             point(name)
             stop_together(world)
             batch = next(own, None)

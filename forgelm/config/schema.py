@@ -397,8 +397,6 @@ class FsdpConfig:
     """Classes of the layers that are put together one at a time; null: as the model names them."""
     reshard_after_forward: bool = True
     """Let go of a layer's weights between forward and backward pass: less memory, more traffic."""
-    cpu_offload: bool = False
-    """Keep the shards in the machine's memory, and the optimizer's work on its processors."""
 
 
 @dataclass

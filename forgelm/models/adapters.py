@@ -439,9 +439,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
     return whole
 
 
-def save(
-    model: PeftModel, folder: Path, base: Base, weights: dict[str, Any] | None = None
-) -> None:
+def save(model: PeftModel, folder: Path, base: Base, weights: dict[str, Any] | None = None) -> None:
     """The adapter's files, with a reference to its base; `weights` are a sharded model's."""
     settings = model.peft_config[_NAME]
     settings.base_model_name_or_path, settings.revision = base.path, base.revision

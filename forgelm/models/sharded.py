@@ -20,7 +20,7 @@ def is_sharded(model: Any) -> bool:
 def own_parts(tree: Any) -> Any:
     """The same nest of dicts, lists and values, with this rank's part of each sharded tensor."""
     if isinstance(tree, DTensor):
-        return tree.detach().to_local()
+        return tree.to_local().detach()
     if isinstance(tree, dict):
         return {key: own_parts(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

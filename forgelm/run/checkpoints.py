@@ -17,8 +17,8 @@ from typing import Any
 
 from forgelm import __version__
 from forgelm.log import log
-from forgelm.run.files import flush, flush_folder, readable, write_text
-from forgelm.run.paths import HALF_WRITTEN, RunPaths, checkpoint_step
+from forgelm.run.files import HALF_WRITTEN, flush, flush_folder, readable, write_text
+from forgelm.run.paths import RunPaths, checkpoint_step
 
 FORMAT = 1
 MANIFEST = "manifest.json"

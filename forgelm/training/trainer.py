@@ -210,10 +210,15 @@ class Exact(Trainer):
         """Decide what follows the step; all ranks alike."""
         assert self._cadence is not None
         step, control = self.state.global_step, self.control
-        self.note_sealed()
         self.safety.check_ownership()
         overdue = self.safety.world.first and self._cadence.overdue(self._writer.price)
-        stopping, overdue = self.safety.world.agree(stop.requested() is not None, overdue)
+        stopping, overdue, failed = self.safety.world.agree(
+            stop.requested() is not None, overdue, self._writer.failed
+        )
+        if failed:
+            # What one rank couldn't write all know in a moment, and each says it.
+            self._writer.wait()
+        self.note_sealed()
         due = self._cadence.after(step)
         control.should_log = due.log
         control.should_evaluate = due.evaluate
@@ -252,8 +257,8 @@ class Exact(Trainer):
 
     def _evaluate_step(self) -> bool:
         """Evaluate; returns whether the result is worth a checkpoint."""
-        # Autocast by name: a model that was taken up outside the loop isn't wrapped in it. A sharded
-        # one has its precision itself.
+        # Autocast by name: a model that was taken up outside the loop isn't wrapped in it. Shards
+        # are put together in their precision already.
         sharded = self._crew is not None
         with unchanged_randomness(), nullcontext() if sharded else self.accelerator.autocast():
             scores = self.safety.measure(self.accelerator.unwrap_model(self.model))
