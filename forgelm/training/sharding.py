@@ -7,7 +7,8 @@ the parameters by their address, which those that a rank has nothing of share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def shard(trainer: Any) -> None:
     accelerator, model = trainer.accelerator, trainer.model
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = _layers(model, plugin.transformer_cls_names_to_wrap)
-    fsdp2_prepare_model(accelerator, model)
+    with _undivided(model):
+        fsdp2_prepare_model(accelerator, model)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
     trainer.create_optimizer()
@@ -63,6 +65,31 @@ def shard(trainer: Any) -> None:
         return model, accelerator.prepare_optimizer(trainer.optimizer)
 
     accelerator.prepare = prepare
+
+
+@contextmanager
+def _undivided(model: Any) -> Iterator[None]:
+    """Where others than the model's ends share the embeddings' weight, as in encoder-decoders,
+    accelerate finds no ends: what has the weight stays together, in the group of all that is left.
+    """
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    weights = {id(weight) for end in ends if end is not None for weight in end.parameters()}
+    owners = {
+        module
+        for module in model.modules()
+        if any(id(weight) in weights for weight in module.parameters(recurse=False))
+    }
+    if owners <= ends:
+        yield
+        return
+    names = ("get_input_embeddings", "get_output_embeddings")
+    for name in names:
+        setattr(model, name, lambda: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
 
 
 def _layers(model: Any, asked: list[str] | None) -> list[str]:
