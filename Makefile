@@ -5,14 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LORA := model.lora.enabled=true model.lora.lora_dropout=0.1
 
-.PHONY: run test drill lint format bench clean
+.PHONY: run test slurm drill lint format bench clean
 
 # The main job: the embedded teacher, then the student by SFT and by KD, compared.
 run: $(READY)
 	$(BIN)/python scripts/compare.py
 
-test: $(READY)
+test: $(READY) slurm
 	$(BIN)/python -m pytest
+
+# Slurm's packages, where root may install them; without them their tests are skipped.
+slurm:
+	@$(PYTHON) scripts/slurm_cluster.py install || true
 
 # The proof of the promise, for each mode and kind of task, with adapters and augmentation.
 drill: $(READY)

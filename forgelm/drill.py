@@ -349,7 +349,9 @@ def _child(start: Start, config: RunConfig, log: Path, environment: dict[str, st
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    os.environ.pop(VARIABLE, None)
+    for name in [VARIABLE, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        # Interrupted by itself and not by Slurm, whose job isn't to be requeued.
+        os.environ.pop(name, None)
     os.environ.update(environment)
     try:
         return start(config)

@@ -7,16 +7,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgelm import stop
+from forgelm import slurm, stop
 from forgelm.config import lm_tasks
 from forgelm.config.lm_tasks import LM_EVAL
 from forgelm.config.rewards import round_of
 from forgelm.config.schema import LoraSection, ModelConfig, RlConfig, RunConfig
 from forgelm.config.validate import uses_teacher
+from forgelm.deadline import Deadline, Pace, deadline
 from forgelm.errors import ConfigError, RunError, Stopped
 from forgelm.export import MERGED, write_merged
 from forgelm.interrupt import point
@@ -26,7 +27,6 @@ from forgelm.run.checkpoints import newest_whole, read_progress
 from forgelm.run.files import read_json, readable, write_json, write_text, written_aside
 from forgelm.run.lifecycle import Run, extend, start_session
 from forgelm.run.state import Stage
-from forgelm.world import join
 
 if TYPE_CHECKING:
     import torch
@@ -51,18 +51,18 @@ class Models:
     base: Base | None = None
 
 
-def pipeline(run: Run, distributed: bool = False) -> None:
+def pipeline(run: Run) -> None:
     """Everything between an open run directory and a complete one."""
     began = time.monotonic()
-    stop.check()
+    stop_here(run)
     quiet_libraries()
-    if distributed:
-        run.world = join(run.config.training.use_cpu)
     if run.world.first:
         if run.state.restarts:
             say(_how_it_ended(run))
         start_session(run)
     run.share()
+    limit = deadline() if run.world.first else None
+    over = heed(run, limit)
     if run.config.model.load_in_4bit:
         from forgelm.models.adapters import check_cuda
 
@@ -80,7 +80,7 @@ def pipeline(run: Run, distributed: bool = False) -> None:
         stop_here(run)
         with explained(run.config, Doing.loading):
             models = load_models(run, task)
-            trainer = build_trainer(run, task, models)
+            trainer = build_trainer(run, task, models, limit)
         if run.world.first:
             say(opening_screen(run, task, models, trainer.args))
         before = evaluate_before(run, task, models, trainer.args.device, harness)
@@ -91,10 +91,24 @@ def pipeline(run: Run, distributed: bool = False) -> None:
             say(closing(run.config, run.paths.root, results, duration(time.monotonic() - began)))
         code = 0
     except Stopped:
+        if run.world.first:
+            # Before anything that may take long: Slurm's patience is short.
+            slurm.hand_back()
         tracker.preempting()
         raise
     finally:
+        over()
         tracker.finish(code)
+
+
+def heed(run: Run, limit: Deadline | None) -> Callable[[], None]:
+    """Say what time there is, and guard it; returns what ends the guard."""
+    if limit is None:
+        return lambda: None
+    say(str(limit))
+    if "pace" in run.metadata:
+        limit.compare(Pace(**run.metadata["pace"]))
+    return limit.guard()
 
 
 def _how_it_ended(run: Run) -> str:
@@ -290,7 +304,7 @@ def base_of(run: Run, model: ModelConfig, labels: list[str] | None) -> Base:
     return base
 
 
-def build_trainer(run: Run, task: TaskData, models: Models) -> Exact:
+def build_trainer(run: Run, task: TaskData, models: Models, limit: Deadline | None) -> Exact:
     """The mode's trainer. Callbacks join it when training begins."""
     from forgelm.modes import builder
     from forgelm.modes.arguments import training_arguments
@@ -313,6 +327,9 @@ def build_trainer(run: Run, task: TaskData, models: Models) -> Exact:
 
     def sealed(step: int) -> None:
         run.update(step=step, latest_checkpoint=run.paths.checkpoint(step).name)
+        if limit is not None and made.pace.save > run.metadata.get("pace", {}).get("save", 0):
+            run.note(pace=asdict(made.pace))
+            limit.compare(made.pace)
 
     parts: dict[str, Any] = {
         "model": models.student,

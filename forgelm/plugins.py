@@ -23,6 +23,7 @@ MODES = "forgelm.modes"
 REWARDS = "forgelm.rewards"
 METRICS = "forgelm.metrics"
 CONF = "forgelm.conf"
+GROUPS = (TASKS, MODES, REWARDS, METRICS, CONF)
 
 
 def names(group: str) -> list[str]:
@@ -58,6 +59,11 @@ def package(group: str, name: str) -> str:
     """The package that adds a name to a group."""
     point = _points(group)[name]
     return point.dist.name if point.dist else point.value
+
+
+def points() -> list[EntryPoint]:
+    """Everything that installed packages add."""
+    return [point for group in GROUPS for point in _points(group).values()]
 
 
 @cache

@@ -71,13 +71,16 @@ class World:
 ALONE = World()
 
 
-def join(use_cpu: bool) -> World:
+def join() -> World:
     """Meet the other ranks, as the environment that torchrun's users know says who they are."""
     import torch
     from torch import distributed
 
-    backend = "gloo" if use_cpu or not torch.cuda.is_available() else "cpu:gloo,cuda:nccl"
-    if backend != "gloo":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend, here = "gloo", int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        # Training on the CPU may have more ranks than there are devices.
+        if here < torch.cuda.device_count():
+            torch.cuda.set_device(here)
     distributed.init_process_group(backend, timeout=_TIMEOUT)
     return World(distributed.get_rank(), distributed.get_world_size())

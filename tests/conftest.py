@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["slurm_fixture"]
+
 # Read when the libraries are imported, so set before any of them is.
 _HOME = tempfile.TemporaryDirectory(prefix="forgelm-tests-")
 os.environ.update(
@@ -22,6 +24,8 @@ os.environ.update(
     WANDB_SILENT="true",
     OMP_NUM_THREADS="1",
 )
+for _name in [name for name in os.environ if name.startswith("SLURM_")]:
+    os.environ.pop(_name)
 for _name in ("HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_name, None)
 

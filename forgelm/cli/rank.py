@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import sys
@@ -13,7 +12,8 @@ from forgelm import stop
 from forgelm.cli.main import complain
 from forgelm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRAINING_ERROR, ForgeError, RunError
 from forgelm.log import set_up
-from forgelm.start import follow, own
+from forgelm.start import Ranks, follow, own
+from forgelm.world import join
 
 
 def main() -> int:
@@ -25,11 +25,14 @@ def main() -> int:
     stop.ends_with_this(silent=True)
     try:
         with stop.listening():
-            if rank == 0:
-                own(plan, distributed=True)
-            else:
-                logging.getLogger().setLevel(logging.ERROR)
-                follow(plan)
+            world = join()
+            if rank != 0:
+                return follow(world)
+            ranks = Ranks(world)
+            try:
+                own(plan, ranks)
+            finally:
+                ranks.tell(None)
     except ForgeError as error:
         if rank == 0:
             return complain(error)

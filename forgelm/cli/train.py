@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from forgelm.cli.main import complain, crash
+from forgelm.cluster.submit import chosen
 from forgelm.config.compose import (
     CONFIG_NAME,
     VERSION_BASE,
@@ -25,7 +26,7 @@ from forgelm.config.compose import (
     register_schema,
     to_typed,
 )
-from forgelm.config.request import check_request, teacher_run
+from forgelm.config.request import Point, check_request, teacher_run
 from forgelm.config.schema import RunConfig
 from forgelm.errors import EXIT_OK, ConfigError, ForgeError, worst
 
@@ -71,12 +72,32 @@ def main(argv: Sequence[str]) -> int:
             return EXIT_OK
         if arguments.cfg:
             return _show(arguments, points[0].composed)
+        if not shown_only:
+            launcher = chosen(points[0].composed)
+            if launcher is not None:
+                return _submit(points, launcher, arguments)
     _codes.clear()
     try:
         job()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_OK
     return worst(_codes)
+
+
+def _submit(points: list[Point], launcher: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Plan every run and hand them to the scheduler; returns at once, or after `launch.wait`."""
+    from forgelm.cli.submit import submit_all
+    from forgelm.resolve import resolve, settle
+
+    own = [line for line in arguments.overrides if line.startswith("hydra/sweeper=")]
+    if own:
+        raise ConfigError(f"{own[0]}: a sweeper that waits for results can't submit its runs")
+    compose, plans = _request(arguments).compose, []
+    for point in points:
+        teacher = teacher_run(point.config, compose)
+        plan = resolve(point.config, point.overrides, arguments.multirun, teacher)
+        plans.append(settle(plan))
+    return submit_all(plans, launcher, points[0].config.launch.wait)
 
 
 def _sealed(config: RunConfig) -> str:

@@ -12,11 +12,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from forgelm import slurm
 from forgelm.config.compose import Request, to_typed
 from forgelm.config.diagnose import Findings, allowed, explain, said
 from forgelm.config.schema import RunConfig, TeacherKind
 from forgelm.config.validate import check, uses_teacher
 from forgelm.errors import ConfigError
+
+HERE = ("basic", "local")
+"""Launchers that run everything on this machine."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Point:
 
     composed: DictConfig
     config: RunConfig
+    overrides: list[str]
+    """Less Hydra's own."""
 
 
 def check_request(request: Request) -> list[Point]:
@@ -108,6 +114,18 @@ def _points(kept: list[Override], request: Request, findings: Findings) -> list[
     return [hydra + list(point) for batch in batches for point in batch]
 
 
+def _nodes(config: RunConfig, composed: DictConfig) -> list[str]:
+    """Several machines need somebody who starts a process on each."""
+    if config.launch.nodes <= 1 or slurm.started_ranks():
+        return []
+    if composed.hydra.runtime.choices.get("hydra/launcher") not in HERE:
+        return []
+    return [
+        f"launch.nodes={config.launch.nodes}: this starts no processes on other machines; give "
+        "hydra/launcher=slurm, or srun"
+    ]
+
+
 def _check_point(overrides: list[str], request: Request, findings: Findings) -> Point | None:
     try:
         composed = request.compose(overrides)
@@ -127,7 +145,7 @@ def _check_point(overrides: list[str], request: Request, findings: Findings) -> 
     except OmegaConfBaseException as error:
         findings.add(said(error))
         return None
-    problems = check(config)
+    problems = [*check(config), *_nodes(config, composed)]
     if not problems:
         try:
             teacher_run(config, request.compose)
@@ -135,4 +153,5 @@ def _check_point(overrides: list[str], request: Request, findings: Findings) -> 
             problems = error.problems
     for problem in problems:
         findings.add(problem)
-    return None if problems else Point(composed, config)
+    own = [line for line in overrides if not line.lstrip("+~").startswith("hydra")]
+    return None if problems else Point(composed, config, own)

@@ -479,11 +479,17 @@ class EvalConfig:
 
 @dataclass
 class LaunchConfig:
-    """How many processes train together, each with a part of every batch."""
+    """How many processes train together, each with a part of every batch, and for how long."""
 
     nodes: int = option(1, min=1)
     ranks_per_node: int = option(1, min=1)
     """Processes on each machine: one a GPU, or any number on CPU."""
+    wait: bool = False
+    """Submitted runs: wait for their end, with a view of where each stands."""
+    max_restarts: int = option(1000, min=0)
+    """How often one Slurm job may be requeued."""
+    max_idle_restarts: int = option(5, min=1)
+    """How many starts in a row of one Slurm job may end without having gained anything."""
 
     @property
     def ranks(self) -> int:

@@ -545,11 +545,6 @@ def _training(config: RunConfig) -> Iterator[str]:
             "training.dataloader_persistent_workers=true needs training.dataloader_num_workers "
             "of 1 or more"
         )
-    if config.launch.nodes > 1:
-        yield (
-            f"launch.nodes={config.launch.nodes}: one machine has one node; several need a "
-            "scheduler, which this launcher doesn't have"
-        )
     heads = tiny.num_attention_heads
     if config.model.path is None and heads > 0 and tiny.hidden_size % heads:
         yield (

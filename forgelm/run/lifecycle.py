@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +13,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from forgelm import stop
+from forgelm import slurm, stop
 from forgelm.config.compose import to_typed
 from forgelm.config.identity import config_hash
 from forgelm.config.modes import modes
 from forgelm.config.schema import RunConfig
-from forgelm.errors import ConfigError
+from forgelm.errors import ConfigError, RunError
 from forgelm.run.checkpoints import sweep_leftovers
 from forgelm.run.files import read_json, write_json, write_text
 from forgelm.run.lock import Ownership, owned
 from forgelm.run.metadata import command_line, git, machine, now, versions
-from forgelm.run.paths import OutputRoot, RunPaths
+from forgelm.run.paths import OutputRoot, RunPaths, sealed_name
 from forgelm.run.registry import register, unregister
 from forgelm.run.state import Status, TrainingState, load_state
 from forgelm.world import ALONE, World
@@ -191,27 +193,36 @@ def opened(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]
                 unregister(output, run.run_id)
 
 
-def follower(config: RunConfig, paths: RunPaths) -> Run:
+def follower(config: RunConfig, paths: RunPaths, world: World) -> Run:
     """The run as a rank other than the first sees it, until the first shares what it knows."""
-    return Run(config, paths, OutputRoot(Path(config.output_root)), TrainingState(), {})
+    output = OutputRoot(Path(config.output_root))
+    return Run(config, paths, output, TrainingState(), {}, world=world)
 
 
 def start_session(run: Run) -> None:
     """Note this start: where it runs, with which versions and code."""
-    last = run.metadata["sessions"][-1] if run.metadata["sessions"] else None
+    submitted, job = run.metadata.get("submitted"), slurm.current()
+    last = run.metadata["sessions"][-1] if run.metadata["sessions"] else submitted
+    code = sealed_name()
     session: dict[str, Any] = {
         "started": now(),
         "command": command_line(),
         "machine": machine(),
+        "python": sys.executable,
         "versions": versions(),
-        "git": git(Path.cwd()),
+        "code": code,
+        "git": submitted["git"] if code and submitted else git(Path.cwd()),
+        "slurm": None if job is None else {"job": job.name, "restart": job.restarts},
         "from_step": run.state.step,
+        "reached": _reached(run),
         "stopped": None,
         "reason": None,
     }
     run.note(sessions=[*run.metadata["sessions"], session])
     if last is not None:
-        _say_changed_versions(last["versions"], session["versions"])
+        _say_changes(last, session)
+    if job is not None:
+        _check_gain(run, job)
 
 
 def end_session(run: Run, status: Status, reason: str) -> None:
@@ -225,13 +236,50 @@ def end_session(run: Run, status: Status, reason: str) -> None:
     run.update(status=status)
 
 
-def _say_changed_versions(before: dict[str, str], after: dict[str, str]) -> None:
+def _say_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """What can't be frozen, compared: what is installed, and where it runs."""
     from forgelm.log import log
 
-    changed = [
-        f"{name} {before.get(name)} -> {after.get(name)}"
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-    ]
-    if changed:
-        log.warning("versions changed since the last start: %s", ", ".join(changed))
+    for title in ("versions", "machine", "python"):
+        old, new = before.get(title), after[title]
+        if old is None:
+            continue
+        if not isinstance(new, dict):
+            old, new = {title: old}, {title: new}
+        changed = [
+            f"{name} {old.get(name)} -> {new.get(name)}"
+            for name in sorted({*old, *new} - {"host"})
+            if old.get(name) != new.get(name)
+        ]
+        if changed:
+            log.warning("%s changed since the last start: %s", title, ", ".join(changed))
+
+
+def _reached(run: Run) -> str:
+    """Changes with whatever a start gains: a checkpoint, a part of the run, an evaluation."""
+    known = run.paths.eval.read_bytes() if run.paths.eval.is_file() else b""
+    return f"{run.state.stage} {run.state.step} {hashlib.sha256(known).hexdigest()[:8]}"
+
+
+def _check_gain(run: Run, job: slurm.Job) -> None:
+    """Raise RunError where going on would go on forever."""
+    launch, sessions = run.config.launch, run.metadata["sessions"]
+    if job.restarts > launch.max_restarts:
+        raise RunError(
+            f"Slurm job {job.name} was requeued {job.restarts} times, and "
+            f"launch.max_restarts={launch.max_restarts}: not gone on with by itself; "
+            "forgelm resume does"
+        )
+    idle = 0
+    for session in reversed(sessions[:-1]):
+        same = (session.get("slurm") or {}).get("job") == job.name
+        if not same or session["reached"] != sessions[-1]["reached"]:
+            break
+        idle += 1
+    if idle >= launch.max_idle_restarts:
+        raise RunError(
+            f"{idle} starts in a row of Slurm job {job.name} gained nothing (all from step "
+            f"{run.state.step}, {run.state.stage}; launch.max_idle_restarts="
+            f"{launch.max_idle_restarts}): not gone on with by itself; mend the cause, then "
+            "forgelm resume"
+        )

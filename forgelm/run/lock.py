@@ -11,9 +11,7 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import time
 import uuid
@@ -22,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from forgelm import stop
+from forgelm import slurm, stop
 from forgelm.errors import RunError, RunInUse
 from forgelm.log import log
 from forgelm.run.paths import RunPaths
@@ -215,7 +213,7 @@ def _alive(other: Holder, locked: bool | None) -> bool | None:
     if other.host == socket.gethostname():
         if other.boot != _boot() or locked:
             return False
-        if _started(other.pid) == other.started:
+        if started(other.pid) == other.started:
             return True
         # Its children may hold the lock for some seconds; or it lives in another container.
         return None if locked is False else False
@@ -241,34 +239,23 @@ def _heard(other: Holder, path: Path, handle: int) -> bool:
 
 
 def _slurm_runs(job: str) -> bool | None:
-    """Whether Slurm still has the job; None where it can't be asked."""
-    squeue = shutil.which("squeue")
-    if squeue is None:
+    """Whether Slurm still runs the job; None where it can't be asked."""
+    known = slurm.states([job])
+    if known is None:
         return None
-    try:
-        done = subprocess.run(
-            [squeue, "--noheader", "--format=%T", "--jobs", job],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return False if "Invalid job id" in done.stderr else None
-    states = done.stdout.split()
-    return any(not state.startswith(_SLURM_GONE) and state != "PENDING" for state in states)
+    state = known.get(job, "gone")
+    return state not in ("gone", "PENDING") and not state.startswith(_SLURM_GONE)
 
 
 def _slurm_job() -> str | None:
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    job = slurm.current()
+    return job.name if job else None
 
 
 def _myself() -> Holder:
     pid = os.getpid()
     return Holder(
-        socket.gethostname(), _boot(), pid, _started(pid) or "", _slurm_job(), uuid.uuid4().hex
+        socket.gethostname(), _boot(), pid, started(pid) or "", _slurm_job(), uuid.uuid4().hex
     )
 
 
@@ -279,7 +266,7 @@ def _boot() -> str:
         return ""
 
 
-def _started(pid: int) -> str | None:
+def started(pid: int) -> str | None:
     """When a process of this machine began; None when there is none, or only its remains."""
     try:
         # The name, in brackets, may hold spaces and brackets itself.

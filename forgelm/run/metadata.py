@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -85,7 +86,17 @@ def machine() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": devices or ["cpu"],
+        "driver": _driver(),
     }
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, if there is one."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return None
+    return next((word for word in words if re.fullmatch(r"\d+\.\d+[\d.]*", word)), None)
 
 
 def _cpu() -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import forgelm
 from forgelm.run.files import HALF_WRITTEN
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -94,6 +96,7 @@ class OutputRoot:
     """What lies beside the runs of one output root."""
 
     root: Path
+    CODE: ClassVar[tuple[str, str]] = (".forgelm", "code")
 
     def run(self, task: str, model: str, mode: str, run_name: str) -> RunPaths:
         return RunPaths(self.root / task / model / mode / run_name)
@@ -101,3 +104,19 @@ class OutputRoot:
     @property
     def register(self) -> Path:
         return self.root / ".forgelm" / "incomplete"
+
+    @property
+    def code(self) -> Path:
+        """The code of submitted runs, a folder for each content."""
+        return self.root.joinpath(*self.CODE)
+
+    @property
+    def submissions(self) -> Path:
+        """A folder for each submission: its script, its runs, what its processes said."""
+        return self.root / ".forgelm" / "submissions"
+
+
+def sealed_name() -> str | None:
+    """The name of the sealed code that this process runs; None: it runs what is installed."""
+    parts = Path(forgelm.__file__).parts
+    return parts[-3] if parts[-5:-3] == OutputRoot.CODE else None

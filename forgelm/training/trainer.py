@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from forgelm import stop
 from forgelm.config.schema import Sampling, TrainingConfig
+from forgelm.deadline import Pace
 from forgelm.errors import RunError, Stopped
 from forgelm.interrupt import point
 from forgelm.models.sharded import like, own_parts
@@ -61,6 +63,8 @@ SCALER = "scaler.pt"
 RANKS = "ranks.pt"
 
 Scores = dict[str, float]
+
+_TIMED_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class Exact(Trainer):
         self.stopped: str | None = None
         self.metrics_written: Callable[[], tuple[int, str]] = lambda: (0, "")
         self._writer = Writer()
+        self._step_began = 0.0
+        self._steps: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._buffers = Buffers()
         self._line: dict[str, Any] = {}
         self._pending = False
@@ -164,6 +170,7 @@ class Exact(Trainer):
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._step_began = time.monotonic()
         samples, items = super().get_batch_samples(*args, **kwargs)
         if self.safety.training.record_batches:
             self._record(samples)
@@ -210,6 +217,7 @@ class Exact(Trainer):
         """Decide what follows the step; all ranks alike."""
         assert self._cadence is not None
         step, control = self.state.global_step, self.control
+        self._steps.append(time.monotonic() - self._step_began)
         self.safety.check_ownership()
         overdue = self.safety.world.first and self._cadence.overdue(self._writer.price)
         stopping, overdue, failed = self.safety.world.agree(
@@ -400,6 +408,11 @@ class Exact(Trainer):
         if self._sealed_step != self._noted_step:
             self._noted_step = self._sealed_step
             self.safety.sealed(self._noted_step)
+
+    @property
+    def pace(self) -> Pace:
+        """What the slowest of the last steps took, and the last save."""
+        return Pace(max(self._steps, default=0.0), self._writer.cost.total)
 
     def settle(self) -> None:
         """Wait until the last save is durable."""

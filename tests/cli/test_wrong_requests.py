@@ -366,7 +366,7 @@ REQUESTS: list[tuple[str, ...]] = [
     ),
     (
         "launch.nodes=2",
-        "launch.nodes=2: one machine has one node; …",
+        "launch.nodes=2: this starts no processes on other machines; …",
     ),
     (
         "task.streaming=true training.train_sampling_strategy=sequential",
@@ -613,6 +613,8 @@ RANGES: list[tuple[str, str]] = [
     ("task.token_dropout=1.0", "must be at least 0 and below 1"),
     ("launch.nodes=0", "must be at least 1"),
     ("launch.ranks_per_node=0", "must be at least 1"),
+    ("launch.max_restarts=-1", "must be at least 0"),
+    ("launch.max_idle_restarts=0", "must be at least 1"),
     ("training.eval_strategy=steps training.eval_steps=0", "must be at least 1"),
     ("task.max_new_tokens=0", "must be at least 1"),
     ("model.lora.r=0", "must be at least 1"),

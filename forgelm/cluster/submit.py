@@ -1,0 +1,355 @@
+"""Runs sealed and handed to a scheduler: nothing that is edited later changes what they compute."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from forgelm import slurm
+from forgelm.cluster.code import seal_code
+from forgelm.errors import ConfigError
+from forgelm.resolve import Plan
+from forgelm.run.files import read_json, write_json, write_text
+from forgelm.run.lifecycle import enrol, is_complete
+from forgelm.run.lock import owned
+from forgelm.run.metadata import git, now, versions
+from forgelm.run.paths import OutputRoot, RunPaths
+from forgelm.run.registry import unregister
+from forgelm.run.state import Status, load_state
+
+TO_SLURM = "forgelm.cluster.submit.to_slurm"
+TO_THIS_MACHINE = "forgelm.cluster.submit.to_this_machine"
+SUBMISSION = "submission.json"
+RUNS = "runs.txt"
+# Runs that are named after a submission; the others are in its file.
+_SHOWN = 10
+# Of no use to us, or decided elsewhere.
+_NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout", "setup", "signal_delay_s")
+
+
+_MAY_BE_CANCELLED = (Status.submitted, Status.running, Status.preempted)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Runs submitted together. `names` are their jobs', in the runs' order."""
+
+    folder: Path
+    job: str
+    names: list[str]
+    runs: list[RunPaths]
+
+
+def submit(plans: Sequence[Plan], launcher: dict[str, Any]) -> Submission:
+    """Seal runs and submit them together; all of them, or none.
+
+    Raises:
+        ConfigError: the scheduler refuses them, or isn't there; nothing is left behind.
+        RunInUse: a process is in one of the directories.
+    """
+    check(launcher, plans)
+    output = OutputRoot(Path(plans[0].config.output_root).resolve())
+    code = seal_code(output)
+    folder = _folder(output)
+    sealed = {
+        "at": now(),
+        "launcher": launcher,
+        "code": code.name,
+        "folder": folder.name,
+        "python": sys.executable,
+        "versions": versions(),
+        "git": git(Path.cwd()),
+    }
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        for index, plan in enumerate(plans):
+            _enrol(plan, {**sealed, "index": index}, undo)
+        write_text(folder / RUNS, "".join(f"{plan.paths.root}\n" for plan in plans))
+        send = to_slurm if launcher["_target_"] == TO_SLURM else to_this_machine
+        job, names = send(folder, code, launcher, plans)
+        undo.pop_all()
+    runs = [plan.paths for plan in plans]
+    places = [str(paths.root) for paths in runs]
+    write_json(folder / SUBMISSION, {"job": job, "names": names, "runs": places})
+    return Submission(folder, job, names, runs)
+
+
+def check(launcher: dict[str, Any], plans: Sequence[Plan]) -> None:
+    """Refuse what can't be submitted, before anything is written."""
+    shapes = {(p.config.launch.nodes, p.config.launch.ranks_per_node) for p in plans}
+    if len(shapes) > 1:
+        raise ConfigError(
+            "launch.nodes and launch.ranks_per_node can't differ within one submission: submit "
+            "one value of them at a time"
+        )
+    if launcher["_target_"] == TO_SLURM and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "hydra/launcher=slurm: there is no sbatch here: submit from a machine of the cluster, "
+            "or take hydra/launcher=local, which runs on this one"
+        )
+
+
+def job_of(paths: RunPaths) -> str | None:
+    """The Slurm job that a run was last submitted as."""
+    submitted = read_json(paths.metadata).get("submitted") if paths.metadata.is_file() else None
+    if submitted is None or submitted["launcher"]["_target_"] != TO_SLURM:
+        return None
+    file = OutputRoot(paths.root.parents[3]).submissions / submitted["folder"] / SUBMISSION
+    return str(read_json(file)["names"][submitted["index"]]) if file.is_file() else None
+
+
+def chosen(composed: DictConfig) -> dict[str, Any] | None:
+    """The launcher that a config asks for, resolved; None: Hydra's own, which runs in place.
+
+    Raises:
+        ConfigError: it is one that forgelm's runs can't be entrusted to.
+    """
+    launcher: Any = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
+    target = launcher["_target_"]
+    if target in (TO_SLURM, TO_THIS_MACHINE):
+        return dict(launcher)
+    if "submitit" in target:
+        raise ConfigError(
+            f"hydra/launcher={composed.hydra.runtime.choices['hydra/launcher']}: loses what a "
+            "preempted run has done; take hydra/launcher=slurm, which has the same keys"
+        )
+    return None
+
+
+def launcher_of(paths: RunPaths) -> dict[str, Any] | None:
+    """What a run was last submitted with; None: it was started where it was typed."""
+    submitted = read_json(paths.metadata).get("submitted") if paths.metadata.is_file() else None
+    return None if submitted is None else dict(submitted["launcher"])
+
+
+def changed(launcher: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """A recorded launcher with some of its keys set anew, by `hydra.launcher.KEY=VALUE`.
+
+    Raises:
+        ConfigError: there is no such key, or no launcher.
+    """
+    made = None if launcher is None else dict(launcher)
+    for override in overrides:
+        key, _, value = override.removeprefix("hydra.launcher.").partition("=")
+        if made is None:
+            raise ConfigError(f"{override}: the run was never submitted; add hydra/launcher=slurm")
+        if key not in made:
+            raise ConfigError(f"{override}: no such key; one of {', '.join(sorted(made))}")
+        made[key] = yaml.safe_load(value)
+    return made
+
+
+def note_cancelled(paths: RunPaths) -> bool:
+    """Whether the run was cancelled in Slurm; noted in its state where no process could do it."""
+    state, name = load_state(paths), job_of(paths)
+    if state is None or name is None or state.status not in _MAY_BE_CANCELLED:
+        return False
+    metadata = read_json(paths.metadata)
+    last = metadata["sessions"][-1] if metadata["sessions"] else None
+    since = last is not None and last["started"] > metadata["submitted"]["at"]
+    if last is not None and since and (last.get("slurm") or {}).get("job") != name:
+        return False
+    if not (slurm.last_state(name) or "").startswith("CANCELLED"):
+        return False
+    replace(state, status=Status.cancelled).save(paths)
+    return True
+
+
+def _folder(output: OutputRoot) -> Path:
+    stamp = re.sub(r"[-:]|\+.*", "", now())
+    for number in range(1000):
+        folder = output.submissions / (f"{stamp}-{number}" if number else stamp)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder.resolve()
+    raise ConfigError(f"{output.submissions}: no name is left for a submission; try again")
+
+
+def _enrol(plan: Plan, submitted: dict[str, Any], undo: ExitStack) -> None:
+    """Write down a run that will be begun later; `undo` takes it back."""
+    paths, state = plan.paths, load_state(plan.paths)
+    with owned(paths):
+        if state is None:
+            undo.callback(_remove, paths)
+        else:
+            undo.callback(state.save, paths)
+            undo.callback(write_json, paths.metadata, read_json(paths.metadata))
+        enrol(paths, plan.config, plan.digest, plan.overrides)
+        metadata = read_json(paths.metadata)
+        write_json(paths.metadata, {**metadata, "submitted": submitted})
+        state = load_state(paths)
+        assert state is not None
+        replace(state, status=Status.submitted).save(paths)
+
+
+def _remove(paths: RunPaths) -> None:
+    if paths.metadata.is_file():
+        unregister(OutputRoot(paths.root.parents[3]), read_json(paths.metadata)["run_id"])
+    shutil.rmtree(paths.root, ignore_errors=True)
+
+
+# To Slurm
+
+
+def to_slurm(
+    folder: Path, code: Path, launcher: dict[str, Any], plans: Sequence[Plan]
+) -> tuple[str, list[str]]:
+    """One sbatch for all; returns the job's number and the name of each run's job."""
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    class Executor(SlurmExecutor):  # type: ignore[misc]
+        """Runs our command where submitit would run its own."""
+
+        @property
+        def _submitit_command_str(self) -> str:
+            return f'{shlex.quote(sys.executable)} -m forgelm resume --local "$run"'
+
+    launch = plans[0].config.launch
+    given = {k: v for k, v in launcher.items() if k not in _NOT_SBATCH and v is not None}
+    more = {"requeue": True, **given.pop("additional_parameters", {})}
+    executor = Executor(folder)
+    lead = int(launcher["signal_delay_s"])
+    try:
+        executor.update_parameters(
+            **executor._convert_parameters(given),
+            wckey=None,
+            signal_delay_s=lead,
+            additional_parameters=more,
+            setup=_before(folder, code, lead, launcher.get("setup") or ()),
+            teardown=_after(launch.max_restarts),
+            # Ranks that wait for a dead one would wait until the time limit.
+            srun_args=["--kill-on-bad-exit=1"],
+        )
+        with _outside_of_jobs():
+            jobs = executor.map_array(_in_the_job, range(len(plans)))
+    except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"Slurm refuses this: {_said(str(error))}") from error
+    names = [str(job.job_id) for job in jobs]
+    return names[0].partition("_")[0], names
+
+
+def _in_the_job(index: int) -> None:
+    """What submitit keeps of a job. The job's own command is another: see Executor."""
+
+
+def _before(folder: Path, code: Path, lead: int, own: Sequence[str]) -> list[str]:
+    """Lines of the batch script before srun."""
+    place = shlex.quote(str(folder))
+    return [
+        *own,
+        "# The code as it was when this was submitted, and nothing from the current folder.",
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+        f"export {slurm.LEAD}={lead}",
+        '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
+        f'run=$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {place}/{RUNS})',
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-$SLURM_JOB_ID}",
+        "# Where processes can't reach scontrol, but this script can, they ask it by this file.",
+        f'handover={place}/$job.requeue; rm -f "$handover"',
+        'if scontrol show job "$SLURM_JOB_ID" > /dev/null 2>&1; then',
+        f"  export {slurm.HANDOVER}=$handover",
+        "fi",
+        "# Slurm's signals are for the processes; this script has to outlive them.",
+        "trap : TERM USR1 USR2",
+    ]
+
+
+def _after(max_restarts: int) -> list[str]:
+    """Lines of the batch script after srun: a process that was killed can't requeue its job."""
+    return [
+        "code=$?",
+        'if [ -e "$handover" ] || { [ "$code" -ge 128 ] && [ "$code" -ne 130 ]; }; then',
+        '  state=$(scontrol -o show job "$SLURM_JOB_ID" | sed "s/.*JobState=\\([A-Z_]*\\).*/\\1/")',
+        "  restarts=${SLURM_RESTART_COUNT:-0}",
+        f'  if [ "$state" = RUNNING ] && [ "$restarts" -lt {max_restarts} ]; then',
+        '    echo "the batch script requeues job $job: its processes ended with $code"',
+        '    (trap "" TERM CONT; exec scontrol requeue "$job")',
+        "  fi",
+        "fi",
+        'exit "$code"',
+    ]
+
+
+def _said(text: str) -> str:
+    """Slurm's words out of submitit's."""
+    lines = re.findall(r"sbatch: (?:error: |fatal: )?(.+)", text)
+    return "; ".join(dict.fromkeys(lines)) or " ".join(text.split())[:300]
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """What Slurm says of a job that this command runs in isn't true of the one it submits."""
+    theirs = {k: v for k, v in os.environ.items() if k.startswith("SLURM_") and k != "SLURM_CONF"}
+    for name in theirs:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(theirs)
+
+
+# To this machine
+
+
+def to_this_machine(
+    folder: Path, code: Path, launcher: dict[str, Any], plans: Sequence[Plan]
+) -> tuple[str, list[str]]:
+    """A process in the background that works through the runs."""
+    from forgelm.cluster import local
+
+    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    parallel = int(launcher["array_parallelism"])
+    with (folder / "local.log").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", local.__name__, str(folder), str(parallel)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+        )
+    return f"process {process.pid}", [str(process.pid)] * len(plans)
+
+
+def already(paths: RunPaths) -> str | None:
+    """Why a run needn't be submitted: it is complete, or in the queue."""
+    if is_complete(paths):
+        return f"{paths.root} is complete; its results are in eval.json"
+    name = job_of(paths)
+    state = (slurm.states([name]) or {}).get(name) if name else None
+    return None if state is None else f"{paths.root} is Slurm job {name} ({state.lower()}) already"
+
+
+def how_to_follow(made: Submission) -> str:
+    """What a person wants to know at once."""
+    many = len(made.runs)
+    lines = [f"submitted {many} run{'s' if many > 1 else ''} as {_job(made)}"]
+    shown = list(zip(made.names, made.runs, strict=True))
+    lines += [f"  {name}  {paths.root}" for name, paths in shown[:_SHOWN]]
+    if many > _SHOWN:
+        lines.append(f"  and {many - _SHOWN} more, all in {made.folder / SUBMISSION}")
+    log = made.runs[0].log if many == 1 else Path("DIRECTORY/output.log")
+    lines.append(f"to follow: tail -F {log}")
+    if made.job.isdecimal():
+        lines.append(f"the queue: squeue -j {made.job}; to cancel: scancel {made.job}")
+    lines.append(f"what its processes say: {made.folder}")
+    return "\n".join(lines)
+
+
+def _job(made: Submission) -> str:
+    return f"Slurm job {made.job}" if made.job.isdecimal() else made.job
