@@ -80,6 +80,8 @@ RL = (
 # Epochs of eight optimizer steps, the last of them with fewer batches than the others.
 TWICE = ("training.gradient_accumulation_steps=2", "task.max_train_samples=59")
 THRICE = ("training.gradient_accumulation_steps=3", "task.max_train_samples=87")
+# Two ranks, the last batch of an epoch short on one of them.
+FSDP = ("training.fsdp=true", "launch.ranks_per_node=2", "task.max_train_samples=63")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dropout": (),
@@ -206,11 +208,26 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "launch.ranks_per_node=2",
         "task.max_train_samples=63",
     ),
+    "fsdp": (*FSDP, "training.load_best_model_at_end=true", "training.save_total_limit=1"),
+    "fsdp-accumulation": (
+        *TWICE,
+        *FSDP,
+        "task.max_train_samples=119",
+        "training.fsdp_config.reshard_after_forward=false",
+        "training.activation_checkpointing=true",
+    ),
+    "fsdp-bf16": (*FSDP, "training.bf16=true", "training.optim=adamw_torch_fused"),
+    "fsdp-kd": (*KD, *FSDP),
+    "fsdp-causal-kd": (*CAUSAL, *WRITER, *FSDP),
+    "fsdp-causal-packed": (*CAUSAL, *FSDP, "task.packing=true", "task.max_train_samples=124"),
+    "fsdp-seq2seq": (*SEQ2SEQ, *FSDP),
+    "fsdp-images-kd": (*IMAGES_KD, *FSDP),
+    "fsdp-lora-dora": (*LORA, *FSDP, "model.lora.use_dora=true", "model.lora.bias=all"),
     "ranks-2-kd": (*KD, "launch.ranks_per_node=2", "task.max_train_samples=63"),
 }
 
 Chain = tuple[str, ...]
-"""Interruptions of one run, one a start, each as `POINT:COUNT:SIGNAL`."""
+"""Interruptions of one run, one a start, each as `POINT:COUNT:SIGNAL[:RANK]`."""
 
 # No early stop comes before the ninth step. A save waits for the one before, so whoever is killed
 # at the seventh step has the checkpoint of the third.
@@ -239,6 +256,8 @@ OF_RANKS: tuple[Chain, ...] = (
     ("evaluation:2:SIGTERM",),
     ("training:7:SIGKILL", "training:2:SIGTERM"),
 )
+# In a save: the first rank before the seal, and another while it writes its part.
+OF_SHARDS: tuple[Chain, ...] = (("save:5:SIGKILL",), ("save:2:SIGKILL:1",))
 
 
 @dataclass
@@ -317,6 +336,8 @@ def everywhere(config: RunConfig) -> Iterator[Chain]:
     """All places to interrupt a config at, its uninterrupted run being there."""
     if config.launch.ranks > 1:
         yield from OF_RANKS
+        if config.training.fsdp:
+            yield from OF_SHARDS
         return
     steps = len(directory(config).batches(0).read_text().splitlines())
     yield from ((f"training:{step}:SIGTERM",) for step in range(1, steps + 1))
@@ -347,8 +368,8 @@ def interrupted(config: RunConfig, reference: RunPaths, chain: Chain) -> list[st
 
 
 def case_of(text: str) -> Case:
-    point, count, signal = text.split(":")
-    return Case(text, point, int(count), signal)
+    point, count, signal, *rank = text.split(":")
+    return Case(text, point, int(count), signal, int(rank[0]) if rank else None)
 
 
 def main() -> int:

@@ -48,16 +48,19 @@ _LM_EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Case:
-    """An interruption: the signal sent at the `count`-th time that a point is come to."""
+    """An interruption: the signal sent at the `count`-th time that a point is come to, to one
+    `rank` alone if it is given."""
 
     title: str
     point: str
     count: int
     signal: str
+    rank: int | None = None
 
     @property
     def environment(self) -> dict[str, str]:
-        return {VARIABLE: f"{self.point}:{self.count}:{self.signal}"}
+        alone = "" if self.rank is None else f":{self.rank}"
+        return {VARIABLE: f"{self.point}:{self.count}:{self.signal}{alone}"}
 
     def expected(self, ranks: int) -> int:
         """The exit code of the interrupted process, as `waitpid` tells it."""
@@ -72,6 +75,7 @@ def cases(config: RunConfig) -> list[Case]:
     steps = config.max_steps or STEPS
     evaluates = config.training.eval_strategy is not Interval.no
     measures = bool(config.eval.lm_eval.tasks)
+    shards = config.training.fsdp
     # A save passes its point three times; in the second save there is a checkpoint to go back to.
     inside = 5 if steps > _SAVE_STEPS else 3
     return [
@@ -86,6 +90,8 @@ def cases(config: RunConfig) -> list[Case]:
         Case("second epoch", "training", min(_EPOCH + 1, steps), "SIGUSR2"),
         Case("a save", "save", 2, "SIGTERM"),
         Case("a save", "save", inside, "SIGKILL"),
+        # Each rank but the first comes to the point once a save.
+        *([Case("rank 1's save", "save", inside // 2, "SIGKILL", 1)] if shards else []),
         *([Case("lm-eval after", "lm_eval", 1, "SIGKILL")] if measures else []),
         Case("finalize", "finalize", 2, "SIGTERM"),
         Case("finalize", "finalize", 1, "SIGKILL"),
@@ -262,10 +268,10 @@ def weight_differences(ours: RunPaths, theirs: RunPaths) -> list[str]:
     last = [run.checkpoints()[0].name for run in (ours, theirs)]
     if last[0] != last[1]:
         return [*found, f"the last checkpoint is {last[1]} instead of {last[0]}"]
-    for name in ("optimizer.pt", "scheduler.pt", "ranks.pt"):
-        trees = [load_tree(run.root / last[0] / name) for run in (ours, theirs)]
-        if not _equal(*trees):
-            found.append(f"{last[0]}/{name}")
+    trees = {p.relative_to(ours.root) for p in (ours.root / last[0]).rglob("*.pt")}
+    for tree in sorted(trees):
+        if not _equal(*(load_tree(run.root / tree) for run in (ours, theirs))):
+            found.append(str(tree))
     return found
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from forgelm import stop
 from forgelm.errors import Stopped
 from forgelm.interrupt import point
+from forgelm.models.sharded import is_sharded
 from forgelm.tasks.data import Scorer
 from forgelm.world import ALONE, World
 
@@ -41,16 +42,22 @@ def records_of(
     Raises:
         Stopped: on every rank, when one of them was asked to stop.
     """
-    model.to(device).eval()
+    together = is_sharded(model)
+    (model if together else model.to(device)).eval()
     batches = [
         list(range(start, min(start + batch_size, len(rows))))
         for start in range(0, len(rows), batch_size)
     ]
     mine = batches[world.rank :: world.size]
+    rounds = math.ceil(len(batches) / world.size)
+    if together:
+        # Who has no batch left must compute all the same; what comes of it isn't looked at.
+        mine += batches[:1] * (rounds - len(mine))
     loader: DataLoader[Any] = DataLoader(rows, batch_sampler=mine, collate_fn=scorer.collator)
     own, parts = iter(loader), []
-    with torch.inference_mode():
-        for _turn in range(math.ceil(len(batches) / world.size)):
+    # The tensors that shards are put together in are training's too, which may not be inference's.
+    with torch.no_grad() if together else torch.inference_mode():
+        for _ in range(rounds):
             point(name)
             stop_together(world)
             batch = next(own, None)

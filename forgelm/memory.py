@@ -6,11 +6,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 
 from forgelm.config.metrics import answers
 from forgelm.config.schema import RlConfig, RunConfig, TeacherDtype
-from forgelm.config.validate import uses_teacher
+from forgelm.config.validate import sharding, uses_teacher
 from forgelm.errors import RunError
 
 _SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -105,7 +106,13 @@ def _to_train(config: RunConfig) -> tuple[list[str], list[str]]:
         turn_on.append("training.activation_checkpointing=true")
     if not config.model.lora.enabled:
         turn_on.append("model.lora.enabled=true")
+    if not training.fsdp and not any(sharding(_sharded(config))):
+        turn_on.append("training.fsdp=true")
     return lower, [*turn_on, *_teacher(config)]
+
+
+def _sharded(config: RunConfig) -> RunConfig:
+    return replace(config, training=replace(config.training, fsdp=True))
 
 
 def _to_evaluate(config: RunConfig) -> list[str]:

@@ -574,6 +574,7 @@ def finalize(
     """Evaluate, and leave model, tokenizer, card and results; only then is the run complete."""
     from forgelm.callbacks import peaks
     from forgelm.card import model_card
+    from forgelm.models.sharded import gathered
 
     config = run.config
     best = trainer.state.best_global_step
@@ -584,8 +585,10 @@ def finalize(
     # Off with mixed precision: what is measured is what from_pretrained gives.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     stop_here(run)
+    weights = gathered(model, run.world.first, frozen=base is None)
     if run.world.first:
-        save_final(run, model, task, base)
+        save_final(run, model, task, base, weights)
+    del weights
     after = (known_evaluations(run)["after"] or {}).get("student", {})
     for split, rows in task.eval.items():
         if split not in after:
@@ -610,8 +613,17 @@ def finalize(
     return results
 
 
-def save_final(run: Run, model: PreTrainedModel, task: TaskData, base: Base | None) -> None:
-    """Model and tokenizer at the run's root: written aside first, then moved file by file."""
+def save_final(
+    run: Run,
+    model: PreTrainedModel,
+    task: TaskData,
+    base: Base | None,
+    weights: dict[str, torch.Tensor] | None,
+) -> None:
+    """Model and tokenizer at the run's root: written aside first, then moved file by file.
+
+    `weights` are those of a model that is sharded.
+    """
     from forgelm.models import adapters
 
     merged = run.paths.root / MERGED
@@ -623,9 +635,9 @@ def save_final(run: Run, model: PreTrainedModel, task: TaskData, base: Base | No
     beside = Path(tempfile.mkdtemp(dir=run.paths.root, prefix=".final-"))
     try:
         if base is None:
-            model.save_pretrained(beside)
+            model.save_pretrained(beside, state_dict=weights)
         else:
-            adapters.save(model, beside, base)
+            adapters.save(model, beside, base, weights)
         task.reader.save_pretrained(beside)
         files = sorted(beside.iterdir())
         run.note(final_files=[file.name for file in files])

@@ -69,12 +69,16 @@ def opening(
         "loss": _loss(config),
         "steps": f"{steps:,} of {batch} {_unit(config)}; {training.optim}, learning rate "
         f"{training.learning_rate:g}, {training.lr_scheduler_type}",
-        "device": f"{device}, {precision}",
+        "device": f"{device}, {precision}{_sharding(config)}",
         "seed": str(config.seed),
         "bytes": _promise(config, device),
         "writes": str(root),
     }
     return "\n".join([_RULE, *(f"{name:<9}{text}" for name, text in lines.items()), _RULE])
+
+
+def _sharding(config: RunConfig) -> str:
+    return f", sharded over {config.launch.ranks} ranks" if config.training.fsdp else ""
 
 
 def _unit(config: RunConfig) -> str:

@@ -390,6 +390,16 @@ class RlConfig:
 
 
 @dataclass
+class FsdpConfig:
+    """How weights are sharded: keys of the `fsdp_config` of Hugging Face's TrainingArguments."""
+
+    transformer_layer_cls_to_wrap: list[str] | None = None
+    """Classes of the layers that are put together one at a time; null: as the model names them."""
+    reshard_after_forward: bool = True
+    """Let go of a layer's weights between forward and backward pass: less memory, more traffic."""
+
+
+@dataclass
 class TrainingConfig:
     """Names and meanings are those of Hugging Face's TrainingArguments."""
 
@@ -413,6 +423,10 @@ class TrainingConfig:
     use_cpu: bool = False
     full_determinism: bool = False
     activation_checkpointing: bool = False
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer over the ranks (FSDP2), which then also write the
+    checkpoints together."""
+    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
     train_sampling_strategy: Sampling = Sampling.random
     dataloader_num_workers: int = option(0, min=0, decides=False)
     dataloader_persistent_workers: bool = option(False, decides=False)

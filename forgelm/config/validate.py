@@ -23,9 +23,11 @@ from forgelm.config.modes import modes
 from forgelm.config.rewards import rewards, round_of
 from forgelm.config.schema import (
     DistillationLoss,
+    FsdpConfig,
     Interval,
     KdConfig,
     Kind,
+    Optimizer,
     Problem,
     RlConfig,
     RunConfig,
@@ -70,6 +72,7 @@ def check(config: RunConfig) -> list[str]:
         _teacher,
         _mode,
         _training,
+        sharding,
         _lm_eval,
         _adapters,
     ):
@@ -548,6 +551,59 @@ def _training(config: RunConfig) -> Iterator[str]:
             f"model.tiny.num_attention_heads={heads}: must divide "
             f"model.tiny.hidden_size={tiny.hidden_size}"
         )
+
+
+def sharding(config: RunConfig) -> Iterator[str]:
+    """What speaks against the config's `training.fsdp`, or its settings without it."""
+    training, model, mode = config.training, config.model, config.mode
+    if not training.fsdp:
+        for item in fields(FsdpConfig):
+            value = getattr(training.fsdp_config, item.name)
+            if value != item.default:
+                shown = str(value).lower() if isinstance(value, bool) else f"[{','.join(value)}]"
+                yield (
+                    f"training.fsdp_config.{item.name}={shown} is only read with training.fsdp=true"
+                )
+        return
+    if training.fsdp_config.transformer_layer_cls_to_wrap == []:
+        yield (
+            "training.fsdp_config.transformer_layer_cls_to_wrap=[]: name at least one class; null "
+            "takes those that the model names"
+        )
+    if config.launch.ranks == 1:
+        yield (
+            "training.fsdp=true needs several ranks to shard over: give "
+            "launch.ranks_per_node=2 or more"
+        )
+    others = {
+        "mode=rl": (
+            isinstance(mode, RlConfig),
+            "each rank generates with a whole model; leave one of them out",
+        ),
+        "model.load_in_4bit=true": (
+            model.load_in_4bit,
+            "weights in 4 bits aren't sharded; leave one of them out",
+        ),
+        "model.lora.merge=true": (
+            model.lora.merge,
+            "no rank has the whole base; merge afterwards with forgelm export RUN --merge",
+        ),
+        f"training.optim={training.optim}": (
+            training.optim is Optimizer.adafactor,
+            "its sums over rows and columns aren't sharded; use training.optim=adamw_torch",
+        ),
+        "training.fp16=true": (
+            training.fp16,
+            "shards compute in bfloat16 or float32; use training.bf16=true",
+        ),
+        f"eval.lm_eval.tasks=[{','.join(config.eval.lm_eval.tasks)}]": (
+            config.eval.lm_eval.tasks,
+            "lm-eval measures on one rank, and none has the whole model; leave one of them out",
+        ),
+    }
+    for other, (chosen, reason) in others.items():
+        if chosen:
+            yield f"training.fsdp=true with {other}: {reason}"
 
 
 def _lm_eval(config: RunConfig) -> Iterator[str]:

@@ -439,15 +439,17 @@ def merged(model: PeftModel) -> PreTrainedModel:
     return whole
 
 
-def save(model: PeftModel, folder: Path, base: Base) -> None:
-    """The adapter's files, with a reference to its base."""
+def save(model: PeftModel, folder: Path, base: Base, weights: dict[str, Any] | None = None) -> None:
+    """The adapter's files, with a reference to its base; `weights` are a sharded model's."""
     settings = model.peft_config[_NAME]
     settings.base_model_name_or_path, settings.revision = base.path, base.revision
     # Loading an adapter adds to the list each time; a set has no order.
     if settings.modules_to_save:
         settings.modules_to_save = list(dict.fromkeys(settings.modules_to_save))
     # Nothing of the base: its embeddings are never resized here.
-    model.save_pretrained(str(folder), selected_adapters=[_NAME], save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder), selected_adapters=[_NAME], save_embedding_layers=False, state_dict=weights
+    )
     (folder / "README.md").unlink()
     if settings.use_dora:
         _rename_magnitudes(folder / _WEIGHTS)

@@ -22,6 +22,8 @@ _NOT_PASSED = {
     "early_stopping_threshold",
     "eval_steps",
     "eval_strategy",
+    "fsdp",
+    "fsdp_config",
     "load_best_model_at_end",
     "record_batches",
     "save_in_background",
@@ -48,7 +50,7 @@ def training_arguments(
     training = config.training
     arguments = kind(
         output_dir=str(root),
-        **_passed(training),
+        **_passed(training) | _sharding(config),
         bf16=use_bf16(training),
         # The trainer takes bf16 on a processor only when told that there is nothing else.
         use_cpu=training.use_cpu or not torch.accelerator.is_available(),
@@ -69,10 +71,23 @@ def training_arguments(
         report_to="none",
         **more,
     )
+    # Only now: with fsdp it would be advised against, for a way that draws another dropout when it
+    # computes a second time.
+    arguments.activation_checkpointing = training.activation_checkpointing
     if arguments.n_gpu > 1:
         # Several GPUs without ranks: the trainer would wrap the model in DataParallel unasked.
         arguments._n_gpu = 1
     return arguments
+
+
+def _sharding(config: RunConfig) -> dict[str, Any]:
+    if not config.training.fsdp:
+        return {}
+    return {
+        "activation_checkpointing": False,
+        "fsdp": True,
+        "fsdp_config": plain(config.training.fsdp_config),
+    }
 
 
 def use_bf16(training: TrainingConfig) -> bool:

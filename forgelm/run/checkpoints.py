@@ -17,7 +17,7 @@ from typing import Any
 
 from forgelm import __version__
 from forgelm.log import log
-from forgelm.run.files import flush, flush_folder, readable, write_text
+from forgelm.run.files import HALF_WRITTEN, flush, flush_folder, readable, write_text
 from forgelm.run.paths import RunPaths, checkpoint_step
 
 FORMAT = 1
@@ -53,8 +53,12 @@ class Progress:
     forgelm: str = __version__
 
 
+Listing = dict[str, dict[str, Any]]
+"""What a manifest says of each file: its `size` in bytes and its `sha256`."""
+
+
 def write_checkpoint(
-    paths: RunPaths, progress: Progress, write_files: Callable[[Path], None]
+    paths: RunPaths, progress: Progress, write_files: Callable[[Path], Listing | None]
 ) -> Path:
     """Write a checkpoint aside, flush it, seal it and rename it into place; returns the folder.
 
@@ -62,10 +66,10 @@ def write_checkpoint(
     didn't verify. After an error nothing of the new one is left.
 
     `write_files` finds the files of the last checkpoint that was rotated out and should write over
-    them: memory for as many new pages costs the machine more than the copying.
+    them: memory for as many new pages costs the machine more than the copying. It returns what is
+    known already of files that others wrote there and flushed.
     """
-    final = paths.checkpoint(progress.step)
-    beside = paths.root / f".{final.name}.part"
+    final, beside = paths.checkpoint(progress.step), half_written(paths, progress.step)
     shutil.rmtree(beside, ignore_errors=True)
     if paths.spare.is_dir():
         os.rename(paths.spare, beside)
@@ -76,9 +80,9 @@ def write_checkpoint(
         for path in (paths.metrics, paths.samples):
             if path.is_file():
                 flush(path)
-        write_files(beside)
+        known = write_files(beside) or {}
         (beside / PROGRESS).write_text(json.dumps(asdict(progress), indent=2), encoding="utf-8")
-        _seal(beside)
+        _seal(beside, known)
         if final.exists():
             shutil.rmtree(final)
         os.rename(beside, final)
@@ -93,6 +97,11 @@ def write_checkpoint(
     return final
 
 
+def half_written(paths: RunPaths, step: int) -> Path:
+    """Where a step's checkpoint is written before it is sealed."""
+    return paths.root / f".{paths.checkpoint(step).name}{HALF_WRITTEN}"
+
+
 def _disk_trouble(error: BaseException | None) -> OSError | None:
     """What the system said, below what the libraries made of it."""
     while error is not None:
@@ -105,19 +114,30 @@ def _disk_trouble(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {}
-    for path in files:
-        readable(path)
-        flush(path)
-        name = path.relative_to(folder).as_posix()
-        listed[name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
-    manifest: dict[str, Any] = {"format": FORMAT, "files": listed}
+def _seal(folder: Path, known: Listing) -> None:
+    manifest: dict[str, Any] = {"format": FORMAT, "files": flushed(folder, folder, known)}
     manifest["seal"] = _own_hash(manifest)
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    for inner in {path.parent for path in files}:
+    flush_folder(folder)
+
+
+def flushed(below: Path, folder: Path, known: Listing) -> Listing:
+    """Flush all files below a part of a checkpoint's `folder`; returns their listing.
+
+    Files that are `known` are neither read nor flushed again.
+    """
+    listed = dict(known)
+    files = sorted(path for path in below.rglob("*") if path.is_file())
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        if name not in known:
+            readable(path)
+            flush(path)
+            listed[name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
+    # The folder itself is flushed with its last name, the manifest's.
+    for inner in {path.parent for path in files} - {folder}:
         flush_folder(inner)
+    return listed
 
 
 def file_hash(path: Path) -> str:

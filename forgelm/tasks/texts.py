@@ -57,8 +57,13 @@ class Texts:
         ]
 
     def _said(self, model: PreTrainedModel, asked: dict[str, Any]) -> list[str]:
+        from forgelm.models.sharded import is_sharded
+
         made = model.generate(
-            **asked, generation_config=greedy(model, self.tokenizer, self.task.max_new_tokens)
+            **asked,
+            generation_config=greedy(model, self.tokenizer, self.task.max_new_tokens),
+            # All ranks compute until the last one's answers end.
+            synced_gpus=is_sharded(model),
         )
         if not model.config.is_encoder_decoder:
             made = made[:, asked["input_ids"].shape[1] :]

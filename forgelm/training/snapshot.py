@@ -114,6 +114,11 @@ class Writer:
         """Seconds that a save costs training: the stall, and the processor time spent beside it."""
         return self.cost.stall + self._burnt
 
+    @property
+    def failed(self) -> bool:
+        """Whether `check` would raise."""
+        return self._error is not None
+
     def check(self) -> None:
         """Raise what a finished job failed with."""
         error, self._error = self._error, None

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,20 @@ from forgelm.config.schema import Sampling, TrainingConfig
 from forgelm.deadline import Pace
 from forgelm.errors import RunError, Stopped
 from forgelm.interrupt import point
-from forgelm.run.checkpoints import Progress, read_progress, rotate, write_checkpoint
+from forgelm.models.sharded import like, own_parts
+from forgelm.run.checkpoints import (
+    Listing,
+    Progress,
+    half_written,
+    read_progress,
+    rotate,
+    write_checkpoint,
+)
 from forgelm.run.files import keep_lines
 from forgelm.run.paths import RunPaths
 from forgelm.training.cadence import Cadence
 from forgelm.training.loader import Loader, Order, Stream, loader, seed_from, unchanged_randomness
+from forgelm.training.sharding import Crew, optimizer_state, shard, use_fsdp
 from forgelm.training.snapshot import Buffers, Writer, randomness, restore_randomness
 from forgelm.training.tensors import load_tree, save_tree, write_tensors
 from forgelm.world import World
@@ -89,6 +99,10 @@ class Exact(Trainer):
     def __init__(self, *args: Any, safety: Safety, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.safety = safety
+        self._crew: Crew | None = None
+        if self.args.fsdp:
+            shard(self)
+            self._crew = Crew(safety.world)
         self.stopped: str | None = None
         self.metrics_written: Callable[[], tuple[int, str]] = lambda: (0, "")
         self._writer = Writer()
@@ -109,6 +123,11 @@ class Exact(Trainer):
         self.remove_callback(DefaultFlowCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            use_fsdp(self)
 
     # Data
 
@@ -199,10 +218,15 @@ class Exact(Trainer):
         assert self._cadence is not None
         step, control = self.state.global_step, self.control
         self._steps.append(time.monotonic() - self._step_began)
-        self.note_sealed()
         self.safety.check_ownership()
         overdue = self.safety.world.first and self._cadence.overdue(self._writer.price)
-        stopping, overdue = self.safety.world.agree(stop.requested() is not None, overdue)
+        stopping, overdue, failed = self.safety.world.agree(
+            stop.requested() is not None, overdue, self._writer.failed
+        )
+        if failed:
+            # What one rank couldn't write all know in a moment, and each says it.
+            self._writer.wait()
+        self.note_sealed()
         due = self._cadence.after(step)
         control.should_log = due.log
         control.should_evaluate = due.evaluate
@@ -241,8 +265,10 @@ class Exact(Trainer):
 
     def _evaluate_step(self) -> bool:
         """Evaluate; returns whether the result is worth a checkpoint."""
-        # Autocast by name: a model that was taken up outside the loop isn't wrapped in it.
-        with unchanged_randomness(), self.accelerator.autocast():
+        # Autocast by name: a model that was taken up outside the loop isn't wrapped in it. Shards
+        # are put together in their precision already.
+        sharded = self._crew is not None
+        with unchanged_randomness(), nullcontext() if sharded else self.accelerator.autocast():
             scores = self.safety.measure(self.accelerator.unwrap_model(self.model))
         self.log(dict(scores))
         self.control = self.callback_handler.on_evaluate(
@@ -281,7 +307,7 @@ class Exact(Trainer):
         self.store_flos()
         ranks = safety.world.gather(self._own_state())
         self._saved_step = step
-        if safety.world.first:
+        if safety.world.first or self._crew is not None:
             self._writer.wait()
             # Nothing goes on beside the last save: it needs no copy, and all of the processor.
             background = safety.training.save_in_background and not self._ends_here()
@@ -311,9 +337,9 @@ class Exact(Trainer):
     ) -> Callable[[], None]:
         """Take what a checkpoint holds; returns what writes it."""
         model = self.accelerator.unwrap_model(self.model)
-        weights = copied(changing(model), "model")
+        weights = copied(own_parts(changing(model)), "model")
+        optimizer = copied(own_parts(self.optimizer.state_dict()), "optimizer")
         trees = {
-            OPTIMIZER: copied(self.optimizer.state_dict(), "optimizer"),
             SCHEDULER: copied(self.lr_scheduler.state_dict(), "scheduler"),
             RANKS: ranks,
             **{name: copied(tree, name) for name, tree in self.more_trees().items()},
@@ -324,15 +350,30 @@ class Exact(Trainer):
         state, progress = _text_of(self.state), self._progress()
         paths, limit = self.safety.paths, self.safety.training.save_total_limit
 
-        def write_files(folder: Path) -> None:
-            model.config.save_pretrained(folder)
+        crew = self._crew
+
+        def write_part(folder: Path) -> None:
             write_tensors(weights, folder / WEIGHTS)
+            point("save")
+            save_tree(optimizer, folder / OPTIMIZER)
+
+        def write_files(folder: Path) -> Listing:
+            known: Listing = {}
+            if crew is None:
+                write_part(folder)
+            else:
+                known = crew.write(folder, write_part)
+            model.config.save_pretrained(folder)
             for name, tree in trees.items():
                 point("save")
                 save_tree(tree, folder / name)
             (folder / STATE).write_text(state, encoding="utf-8")
+            return known
 
         def job() -> None:
+            if crew is not None and not self.safety.world.first:
+                crew.write(half_written(paths, progress.step), write_part)
+                return
             self.safety.check_ownership()
             write_checkpoint(paths, progress, write_files)
             self._sealed_step = progress.step
@@ -422,15 +463,16 @@ class Exact(Trainer):
             RunError: the checkpoint is of another model.
         """
         model = self.accelerator.unwrap_model(self.model)
-        stored = load_file(checkpoint / WEIGHTS)
-        result = model.load_state_dict(stored, strict=False)
         state = model.state_dict()
+        stored = load_file(self._part(checkpoint) / WEIGHTS)
+        sharded = {name: like(part, state[name]) for name, part in stored.items() if name in state}
+        result = model.load_state_dict(stored | sharded, strict=False)
         # Of tensors that share their memory the checkpoint holds one.
-        there = {state[name].data_ptr() for name in stored if name in state}
+        there = {own_parts(state[name]).data_ptr() for name in sharded}
         lacking = [
             name
             for name, tensor in changing(model).items()
-            if name in result.missing_keys and tensor.data_ptr() not in there
+            if name in result.missing_keys and own_parts(tensor).data_ptr() not in there
         ]
         wrong = [*lacking, *result.unexpected_keys]
         if wrong:
@@ -438,6 +480,10 @@ class Exact(Trainer):
                 f"{checkpoint}: holds the weights of another model (they differ in {wrong[0]}); "
                 "restore what the run was begun with, or give another run_name"
             )
+
+    def _part(self, checkpoint: Path) -> Path:
+        """Where this rank's weights and optimizer are in a checkpoint."""
+        return checkpoint if self._crew is None else self._crew.part(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
@@ -453,7 +499,8 @@ class Exact(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(load_tree(Path(checkpoint) / OPTIMIZER))
+            parts = load_tree(self._part(Path(checkpoint)) / OPTIMIZER)
+            self.optimizer.load_state_dict(optimizer_state(parts, self.optimizer))
             self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint) / SCHEDULER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -87,6 +87,7 @@ json.dump(outcomes, sys.stdout)
 
 BATCH = "per_device_train_batch_size"
 RL = f"mode=rl task=arithmetic training.{BATCH}=32"
+FSDP = "training.fsdp=true launch.ranks_per_node=2"
 OWN_DATA = "task=text_classification task.train_file=rows.csv task.validation_file=rows.csv"
 NOT_AN_OVERRIDE = "not an override; write key=value, as in training.learning_rate=1e-4 …"
 A_FOLDER_NAME = "names a folder; use letters, digits, '.', '_', '+' and '-', beginning with …"
@@ -386,6 +387,38 @@ REQUESTS: list[tuple[str, ...]] = [
     (
         "training.fp16=true training.use_cpu=true",
         "training.fp16=true needs a GPU: drop it, or drop training.use_cpu",
+    ),
+    (
+        "training.fsdp=true",
+        "training.fsdp=true needs several ranks to shard over: give launch.ranks_per_node=2 or …",
+    ),
+    (
+        "training.fsdp_config.reshard_after_forward=false",
+        "training.fsdp_config.reshard_after_forward=false is only read with training.fsdp=true",
+    ),
+    (
+        "training.fsdp_config.transformer_layer_cls_to_wrap=[BertLayer,Other]",
+        "training.fsdp_config.transformer_layer_cls_to_wrap=[BertLayer,Other] is only read with …",
+    ),
+    (
+        f"{FSDP} training.fsdp_config.transformer_layer_cls_to_wrap=[]",
+        "training.fsdp_config.transformer_layer_cls_to_wrap=[]: name at least one class; null …",
+    ),
+    (
+        f"{FSDP} training.optim=adafactor training.fp16=true model.lora.enabled=true "
+        "model.lora.merge=true",
+        "training.fsdp=true with model.lora.merge=true: … merge afterwards with forgelm export …",
+        "training.fsdp=true with training.optim=adafactor: … use training.optim=adamw_torch",
+        "training.fsdp=true with training.fp16=true: … use training.bf16=true",
+    ),
+    (
+        f"{FSDP} {RL}",
+        "training.fsdp=true with mode=rl: each rank generates with a whole model; leave one …",
+    ),
+    (
+        f"{FSDP} model.load_in_4bit=true model.lora.enabled=true model.path=org/model",
+        "training.fsdp=true with model.load_in_4bit=true: weights in 4 bits aren't sharded; …",
+        "…bitsandbytes…",
     ),
     (
         "training.dataloader_persistent_workers=true",

@@ -300,6 +300,16 @@ def test_a_task_that_fails(task: str, code: int, said: str, tiny: Command, asked
             "eval.lm_eval.limit=2.5: must be a whole number of examples, or a share below 1",
         ),
         (
+            [
+                "eval.lm_eval.tasks=[sums]",
+                "eval.lm_eval.include_path={folder}",
+                "training.fsdp=true",
+                "launch.ranks_per_node=2",
+            ],
+            "training.fsdp=true with eval.lm_eval.tasks=[sums]: lm-eval measures on one rank, and "
+            "none has the whole model; leave one of them out",
+        ),
+        (
             ["eval.lm_eval.num_fewshot=2"],
             "eval.lm_eval.num_fewshot=2 is only read with eval.lm_eval.tasks",
         ),
