@@ -362,7 +362,7 @@ def test_a_run_ends_with_the_same_bytes(
 ) -> None:
     run: RunPaths = outcomes[name].result()
     log = run.log.read_text()
-    assert len(read_json(run.metadata)["sessions"]) == starts, log
+    assert len(read_json(run.metadata)["sessions"]) >= starts, log
     for line in said:
         assert line.format(job=lab.jobs[name]) in log
     (alone,) = undisturbed(f"launch.ranks_per_node={ranks}")
