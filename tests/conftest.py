@@ -15,6 +15,14 @@ import pytest
 
 pytest_plugins = ["slurm_fixture"]
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side, a file's tests stay together, for its fixtures; and there is one cluster."""
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder == "slurm" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
 # Read when the libraries are imported, so set before any of them is.
 _HOME = tempfile.TemporaryDirectory(prefix="forgelm-tests-")
 os.environ.update(
