@@ -13,7 +13,16 @@ from pathlib import Path
 
 from forgelm import slurm, stop
 from forgelm.config.schema import LaunchConfig, RunConfig, TeacherKind
-from forgelm.errors import EXIT_OK, ConfigError, ForgeError, RunError, RunInUse, Stopped
+from forgelm.errors import (
+    EXIT_OK,
+    EXIT_STOPPED,
+    ConfigError,
+    ForgeError,
+    RankFailed,
+    RunError,
+    RunInUse,
+    Stopped,
+)
 from forgelm.launch import LOST, together
 from forgelm.log import log, say, set_up, to_file
 from forgelm.pipeline import pipeline
@@ -70,9 +79,8 @@ def start(
                 _begin(_planned(config, overrides, in_sweep, teacher_run, job), ranks)
             finally:
                 ranks.tell(None)
-        except Stopped:
-            handed = slurm.hand_back()
-            if handed.lingers:
+        except (Stopped, RankFailed) as ended:
+            if ended.exit_code == EXIT_STOPPED and slurm.hand_back().lingers:
                 slurm.linger()
             raise
     return EXIT_OK

@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = folder if folder == "slurm" else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
+
 # Read when the libraries are imported, so set before any of them is.
 _HOME = tempfile.TemporaryDirectory(prefix="forgelm-tests-")
 os.environ.update(
