@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 from forgelm import slurm, stop
-from forgelm.cluster.submit import Submission
+from forgelm.cluster.submit import Submission, note_cancelled
 from forgelm.errors import EXIT_OK, EXIT_STOPPED, EXIT_TRAINING_ERROR, worst
 from forgelm.log import say
 from forgelm.run.lock import started
@@ -37,8 +38,10 @@ def wait(made: Submission) -> int:
             for name, paths in zip(made.names, made.runs, strict=True):
                 state = load_state(paths)
                 assert state is not None
-                line = _line(name, paths, state, queue)
                 gone = queue is not None and name not in queue
+                if gone and note_cancelled(paths):
+                    state = replace(state, status=Status.cancelled)
+                line = _line(name, paths, state, queue)
                 missing[paths] = missing[paths] + 1 if gone else 0
                 if said.get(paths) != line:
                     said[paths] = line
