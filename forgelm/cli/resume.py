@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,12 @@ def _all_incomplete(overrides: Sequence[str], local: bool) -> int:
 
     given = [word.partition("=")[2] for word in overrides if word.startswith("output_root=")]
     root = Path(given[-1] if given else "outputs").expanduser()
-    runs = [str(run) for run in incomplete(OutputRoot(root)) if not note_cancelled(RunPaths(run))]
+    runs = []
+    for run in incomplete(OutputRoot(root)):
+        if note_cancelled(RunPaths(run)):
+            print(f"left alone: {run} was cancelled; forgelm resume {run} goes on with it")
+        else:
+            runs.append(str(run))
     if not runs:
         print(f"no incomplete runs below {root}")
         return EXIT_OK
@@ -73,17 +78,19 @@ def _all_incomplete(overrides: Sequence[str], local: bool) -> int:
 def _each(
     runs: Sequence[str], overrides: Sequence[str], local: bool, skip_busy: bool = False
 ) -> int:
+    asked = _asked_for(overrides)
     codes = []
     submitted: list[tuple[Plan, dict[str, Any]]] = []
     for run in runs:
         if len(runs) > 1:
             print(f"-- {run}", flush=True)
-        codes.append(_one(run, overrides, local, skip_busy, submitted))
+        codes.append(_one(run, asked, overrides, local, skip_busy, submitted))
     return worst([*codes, *_together(submitted)])
 
 
 def _one(
     run: str,
+    asked: _Asked,
     overrides: Sequence[str],
     local: bool,
     skip_busy: bool,
@@ -93,9 +100,11 @@ def _one(
     from forgelm.start import start
 
     try:
-        config, launcher = _asked_for(run, overrides)
-        own = [word for word in overrides if not word.startswith("hydra")]
-        if launcher is None or local:
+        # Not through Hydra: a folder's name may be anything.
+        config = replace(asked.config, resume=run)
+        launcher = None if local else asked.launcher_for(run)
+        own = [word for word in overrides if not word.lstrip("+").startswith("hydra")]
+        if launcher is None:
             return start(config, own, in_sweep=False, teacher_run=None)
         from forgelm.resolve import resolve
 
@@ -112,23 +121,37 @@ def _one(
         return crash(error, debug="debug=true" in overrides)
 
 
-def _asked_for(run: str, overrides: Sequence[str]) -> tuple[RunConfig, dict[str, Any] | None]:
-    """The config that goes on with a run, and the launcher: that given, else that recorded."""
-    from forgelm.cluster.submit import changed, chosen, launcher_of
+@dataclass(frozen=True)
+class _Asked:
+    """What overrides ask of all the runs."""
+
+    config: RunConfig
+    given: bool
+    """Whether they choose the launcher."""
+    launcher: dict[str, Any] | None
+    changes: list[str]
+    """To the launcher that a run has recorded."""
+
+    def launcher_for(self, run: str) -> dict[str, Any] | None:
+        from forgelm.cluster.submit import changed, launcher_of
+        from forgelm.run.find import find_run
+
+        if self.given:
+            return self.launcher
+        recorded = launcher_of(find_run(run, Path(self.config.output_root).expanduser()))
+        return changed(recorded, self.changes)
+
+
+def _asked_for(overrides: Sequence[str]) -> _Asked:
+    from forgelm.cluster.submit import chosen
     from forgelm.config.compose import Request
     from forgelm.config.request import check_request
-    from forgelm.run.find import find_run
 
     given = any(word.startswith("hydra/launcher=") for word in overrides)
-    theirs = [word for word in overrides if word.startswith("hydra.launcher.")]
+    theirs = [word for word in overrides if word.lstrip("+").startswith("hydra.launcher.")]
     asked = overrides if given else [word for word in overrides if word not in theirs]
     (point,) = check_request(Request(tuple(asked)))
-    # Not through Hydra: a folder's name may be anything.
-    config = replace(point.config, resume=run)
-    if given:
-        return config, chosen(point.composed)
-    recorded = launcher_of(find_run(run, Path(config.output_root).expanduser()))
-    return config, changed(recorded, theirs)
+    return _Asked(point.config, given, chosen(point.composed) if given else None, theirs)
 
 
 def _together(submitted: Sequence[tuple[Plan, dict[str, Any]]]) -> list[int]:

@@ -21,6 +21,7 @@ from forgelm.cluster.submit import chosen
 from forgelm.config.compose import (
     CONFIG_NAME,
     VERSION_BASE,
+    Composer,
     Request,
     conf_dir,
     register_schema,
@@ -92,12 +93,24 @@ def _submit(points: list[Point], launcher: dict[str, Any], arguments: argparse.N
     own = [line for line in arguments.overrides if line.startswith("hydra/sweeper=")]
     if own:
         raise ConfigError(f"{own[0]}: a sweeper that waits for results can't submit its runs")
-    compose, plans = _request(arguments).compose, []
+    compose, plans = Composer(_request(arguments)).compose, []
     for point in points:
+        _check_same(launcher, chosen(point.composed))
         teacher = teacher_run(point.config, compose)
         plan = resolve(point.config, point.overrides, arguments.multirun, teacher)
         plans.append(settle(plan))
     return submit_all(plans, launcher, points[0].config.launch.wait)
+
+
+def _check_same(launcher: dict[str, Any], other: dict[str, Any] | None) -> None:
+    """What follows launch.nodes is left to those who know that key."""
+    other = other or {}
+    for key in sorted({*launcher, *other} - {"nodes", "tasks_per_node"}):
+        if launcher.get(key) != other.get(key):
+            raise ConfigError(
+                f"hydra.launcher.{key} can't differ within one submission "
+                f"({launcher.get(key)}, {other.get(key)}): submit one value of it at a time"
+            )
 
 
 def _sealed(config: RunConfig) -> str:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from forgelm import slurm
 from forgelm.cluster.code import seal_code
+from forgelm.config.compose import Request
+from forgelm.config.extras import lacking
+from forgelm.config.keys import no_launcher_key
+from forgelm.config.request import check_request
 from forgelm.errors import ConfigError
 from forgelm.resolve import Plan
 from forgelm.run.files import read_json, write_json, write_text
@@ -36,6 +44,8 @@ SUBMISSION = "submission.json"
 RUNS = "runs.txt"
 # Runs that are named after a submission; the others are in its file.
 _SHOWN = 10
+_WRITERS = 8
+_AT_LEAST_ONE = ("array_parallelism", "signal_delay_s", "timeout_min")
 # Of no use to us, or decided elsewhere.
 _NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout", "setup", "signal_delay_s")
 
@@ -60,7 +70,6 @@ def submit(plans: Sequence[Plan], launcher: dict[str, Any]) -> Submission:
         ConfigError: the scheduler refuses them, or isn't there; nothing is left behind.
         RunInUse: a process is in one of the directories.
     """
-    check(launcher, plans)
     output = OutputRoot(Path(plans[0].config.output_root).resolve())
     code = seal_code(output)
     folder = _folder(output)
@@ -75,8 +84,10 @@ def submit(plans: Sequence[Plan], launcher: dict[str, Any]) -> Submission:
     }
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        for index, plan in enumerate(plans):
-            _enrol(plan, {**sealed, "index": index}, undo)
+        # Most of the time goes into waiting for the disk.
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            submitted = [{**sealed, "index": index} for index in range(len(plans))]
+            deque(pool.map(_enrol, plans, submitted, itertools.repeat(undo)), maxlen=0)
         write_text(folder / RUNS, "".join(f"{plan.paths.root}\n" for plan in plans))
         send = to_slurm if launcher["_target_"] == TO_SLURM else to_this_machine
         job, names = send(folder, code, launcher, plans)
@@ -95,6 +106,21 @@ def check(launcher: dict[str, Any], plans: Sequence[Plan]) -> None:
             "launch.nodes and launch.ranks_per_node can't differ within one submission: submit "
             "one value of them at a time"
         )
+    ((nodes, ranks),) = shapes
+    problems = [
+        f"hydra.launcher.{key}={launcher[key]}: must be at least 1"
+        for key in _AT_LEAST_ONE
+        if launcher[key] < 1
+    ]
+    if launcher["nodes"] != nodes:
+        problems.append(f"hydra.launcher.nodes={launcher['nodes']}: give launch.nodes instead")
+    if launcher["tasks_per_node"] != ranks:
+        problems.append(
+            f"hydra.launcher.tasks_per_node={launcher['tasks_per_node']}: give "
+            "launch.ranks_per_node instead"
+        )
+    if problems:
+        raise ConfigError(problems)
     if launcher["_target_"] == TO_SLURM and shutil.which("sbatch") is None:
         raise ConfigError(
             "hydra/launcher=slurm: there is no sbatch here: submit from a machine of the cluster, "
@@ -120,6 +146,16 @@ def chosen(composed: DictConfig) -> dict[str, Any] | None:
     launcher: Any = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
     target = launcher["_target_"]
     if target in (TO_SLURM, TO_THIS_MACHINE):
+        known = list(vars(OmegaConf.get_type(composed.hydra.launcher))["__dataclass_fields__"])
+        problems = [
+            f"hydra.launcher.{key}={launcher[key]}: {no_launcher_key(key, known)}"
+            for key in launcher
+            if key not in known
+        ]
+        if target == TO_SLURM:
+            problems += filter(None, [lacking("slurm", "submitit", "hydra/launcher=slurm")])
+        if problems:
+            raise ConfigError(problems)
         return dict(launcher)
     if "submitit" in target:
         raise ConfigError(
@@ -139,17 +175,24 @@ def changed(launcher: dict[str, Any] | None, overrides: Sequence[str]) -> dict[s
     """A recorded launcher with some of its keys set anew, by `hydra.launcher.KEY=VALUE`.
 
     Raises:
-        ConfigError: there is no such key, or no launcher.
+        ConfigError: there is no such key, its value isn't right, or there is no launcher.
     """
-    made = None if launcher is None else dict(launcher)
-    for override in overrides:
-        key, _, value = override.removeprefix("hydra.launcher.").partition("=")
-        if made is None:
-            raise ConfigError(f"{override}: the run was never submitted; add hydra/launcher=slurm")
-        if key not in made:
-            raise ConfigError(f"{override}: no such key; one of {', '.join(sorted(made))}")
-        made[key] = yaml.safe_load(value)
-    return made
+    if launcher is None or not overrides:
+        if overrides:
+            raise ConfigError(
+                f"{overrides[0]}: the run was never submitted; add hydra/launcher=slurm"
+            )
+        return launcher
+    own = "slurm" if launcher["_target_"] == TO_SLURM else "local"
+    # Where one that is recorded may be there or not.
+    free = "hydra.launcher.additional_parameters."
+    words = [f"++{w.lstrip('+')}" if w.lstrip("+").startswith(free) else w for w in overrides]
+    (point,) = check_request(Request((f"hydra/launcher={own}", *words)))
+    chosen(point.composed)
+    made = OmegaConf.create({"hydra": {"launcher": launcher}})
+    parsed = OverridesParser.create().parse_overrides(words)
+    ConfigLoaderImpl._apply_overrides_to_config(parsed, made)
+    return dict(OmegaConf.to_container(made.hydra.launcher))  # type: ignore[arg-type]
 
 
 def note_cancelled(paths: RunPaths) -> bool:
@@ -162,10 +205,21 @@ def note_cancelled(paths: RunPaths) -> bool:
     since = last is not None and last["started"] > metadata["submitted"]["at"]
     if last is not None and since and (last.get("slurm") or {}).get("job") != name:
         return False
-    if not (slurm.last_state(name) or "").startswith("CANCELLED"):
+    ended = slurm.last_state(name)
+    if ended is None and not since and slurm.states([name]) == {}:
+        # Of a task cancelled in the queue nothing is kept where there is no accounting.
+        ended = None if _log(paths, name).exists() else "CANCELLED"
+    if not (ended or "").startswith("CANCELLED"):
         return False
     replace(state, status=Status.cancelled).save(paths)
     return True
+
+
+def _log(paths: RunPaths, name: str) -> Path:
+    """What a job's batch script says, by submitit's name for it; made when the job starts."""
+    submitted = read_json(paths.metadata)["submitted"]
+    output = OutputRoot(paths.root.parents[3])
+    return output.submissions / str(submitted["folder"]) / f"{name}_0_log.out"
 
 
 def _folder(output: OutputRoot) -> Path:
@@ -189,12 +243,7 @@ def _enrol(plan: Plan, submitted: dict[str, Any], undo: ExitStack) -> None:
         else:
             undo.callback(state.save, paths)
             undo.callback(write_json, paths.metadata, read_json(paths.metadata))
-        enrol(paths, plan.config, plan.digest, plan.overrides)
-        metadata = read_json(paths.metadata)
-        write_json(paths.metadata, {**metadata, "submitted": submitted})
-        state = load_state(paths)
-        assert state is not None
-        replace(state, status=Status.submitted).save(paths)
+        enrol(paths, plan.config, plan.digest, plan.overrides, submitted)
 
 
 def _remove(paths: RunPaths) -> None:
@@ -236,7 +285,7 @@ def to_slurm(
             # Ranks that wait for a dead one would wait until the time limit.
             srun_args=["--kill-on-bad-exit=1"],
         )
-        # What sbatch says is said once, below.
+        # submitit repeats on stderr what it raises.
         with _outside_of_jobs(), redirect_stderr(io.StringIO()):
             jobs = executor.map_array(_in_the_job, range(len(plans)))
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
@@ -328,13 +377,20 @@ def to_this_machine(
     return f"process {process.pid}", [str(process.pid)] * len(plans)
 
 
-def already(paths: RunPaths) -> str | None:
-    """Why a run needn't be submitted: it is complete, or in the queue."""
-    if is_complete(paths):
-        return f"{paths.root} is complete; its results are in eval.json"
-    name = job_of(paths)
-    state = (slurm.states([name]) or {}).get(name) if name else None
-    return None if state is None else f"{paths.root} is Slurm job {name} ({state.lower()}) already"
+def already(runs: Sequence[RunPaths]) -> dict[RunPaths, str]:
+    """Why some of the runs needn't be submitted: they are complete, or in the queue."""
+    found = {
+        paths: f"{paths.root} is complete; its results are in eval.json"
+        for paths in runs
+        if is_complete(paths)
+    }
+    names = {paths: name for paths in runs if paths not in found and (name := job_of(paths))}
+    queue = slurm.states([*names.values()]) or {}
+    return found | {
+        paths: f"{paths.root} is Slurm job {name} ({queue[name].lower()}) already"
+        for paths, name in names.items()
+        if name in queue
+    }
 
 
 def how_to_follow(made: Submission) -> str:

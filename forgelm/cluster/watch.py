@@ -6,9 +6,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from forgelm import slurm, stop
-from forgelm.cluster.submit import Submission
+from forgelm.cluster.submit import Submission, note_cancelled
 from forgelm.errors import EXIT_OK, EXIT_STOPPED, EXIT_TRAINING_ERROR, worst
 from forgelm.log import say
 from forgelm.run.lock import started
@@ -36,14 +37,18 @@ def wait(made: Submission) -> int:
     with stop.listening():
         while True:
             queue = _queue(made)
-            states = [load_state(paths) or TrainingState() for paths in made.runs]
-            for name, paths, state in zip(made.names, made.runs, states, strict=True):
+            states = []
+            for name, paths in zip(made.names, made.runs, strict=True):
+                state = load_state(paths) or TrainingState()
+                gone = queue is not None and name not in queue
+                if gone and note_cancelled(paths):
+                    state = replace(state, status=Status.cancelled)
+                states.append(state)
+                missing[paths] = missing[paths] + 1 if gone else 0
                 line = _line(name, paths, state, queue)
                 if said.get(paths) != line:
                     said[paths] = line
                     say(line)
-                gone = queue is not None and name not in queue
-                missing[paths] = missing[paths] + 1 if gone else 0
                 if state.status in _OVER:
                     missing[paths] = _PATIENCE
             if all(missing[paths] >= _PATIENCE for paths in made.runs):

@@ -11,16 +11,19 @@ from typing import cast
 
 import yaml
 from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobRuntime, setup_globals
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from forgelm import plugins
 from forgelm.config.modes import modes
@@ -96,6 +99,58 @@ class Request:
             return self.loader().load_configuration(self.config_name, list(overrides), RunMode.RUN)
         except yaml.YAMLError as error:
             raise ConfigCompositionException(f"not YAML: {' '.join(str(error).split())}") from error
+
+
+class Composer:
+    """Composes the points of one request: Hydra reads its files once for each choice of groups.
+
+    Points of a sweep mostly differ in values, which Hydra applies last, to what it composed.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._parser = OverridesParser.create()
+        self._repository = request.loader().repository
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """As `Request.compose`, its errors included."""
+        try:
+            parsed = self._parser.parse_overrides(list(overrides))
+            values = [item for item in parsed if self._is_plain(item)]
+            key = tuple(str(item.input_line) for item in parsed if item not in values)
+            if key not in self._bases:
+                self._bases[key] = self.request.compose(key)
+            config = copy.deepcopy(self._bases[key])
+            ConfigLoaderImpl._apply_overrides_to_config(values, config)
+            _note_overrides(config, [item for item in parsed if not item.is_hydra_override()])
+        except (HydraException, OmegaConfBaseException):
+            # Hydra's words for it are those of the whole.
+            return self.request.compose(overrides)
+        return config
+
+    def _is_plain(self, item: Override) -> bool:
+        """Whether it sets a value, and nothing is composed differently for it."""
+        set_only = not (item.is_add() or item.is_force_add() or item.is_delete())
+        own = not item.is_hydra_override() and item.package is None
+        return (
+            set_only
+            and own
+            and not item.is_sweep_override()
+            and not self._repository.group_exists(item.key_or_group)
+        )
+
+
+def _note_overrides(config: DictConfig, own: list[Override]) -> None:
+    """What Hydra notes of the overrides that aren't its own."""
+    job = config.hydra.job
+    config.hydra.overrides.task = [item.input_line for item in own]
+    job.override_dirname = get_overrides_dirname(
+        overrides=own,
+        kv_sep=job.config.override_dirname.kv_sep,
+        item_sep=job.config.override_dirname.item_sep,
+        exclude_keys=job.config.override_dirname.exclude_keys,
+    )
 
 
 def to_typed(config: DictConfig) -> RunConfig:

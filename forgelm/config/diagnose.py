@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from forgelm.config.compose import Request
-from forgelm.config.keys import all_keys, expected, nearest, schema_tree
+from forgelm.config.extras import lacking
+from forgelm.config.keys import all_keys, expected, nearest, no_launcher_key, schema_tree
 from forgelm.config.modes import modes
 from forgelm.config.validate import token_in
 from forgelm.redact import has_token, redact
@@ -97,6 +98,12 @@ def _hydra_key(item: Override, findings: Findings) -> bool:
     """Hydra's own keys: without this a typo in one passes silently."""
     parts = item.key_or_group.split(".")
     node: Any = OmegaConf.structured(HydraConf)
+    if item.is_sweep_override():
+        findings.add(
+            f"{item.input_line}: Hydra's own keys have one value for all runs of a sweep; give one "
+            "(a comma in it is quoted: \"key='a,b'\")"
+        )
+        return False
     if "/" in item.key_or_group:
         return True
     for depth, part in enumerate(parts[1:], 1):
@@ -227,6 +234,9 @@ def _file_leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def _try(item: Override, config: DictConfig) -> list[str]:
     """Apply one override to the typed config; what is wrong with it."""
     key, value = item.key_or_group, item.value()
+    if key.startswith("hydra.launcher."):
+        problem = _try_launcher(item.input_line or "", key, value, config)
+        return [problem] if problem else []
     if key.startswith("hydra."):
         return []
     section = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
@@ -237,6 +247,25 @@ def _try(item: Override, config: DictConfig) -> list[str]:
         problem = _try_value(text, name, part, config)
         problems += [problem] if problem else []
     return problems
+
+
+def _try_launcher(text: str, key: str, value: Any, config: DictConfig) -> str | None:
+    """Set one of the launcher's own keys, which Hydra types; what is wrong with it."""
+    launcher, name = config.hydra.launcher, key.removeprefix("hydra.launcher.")
+    if text.startswith(("+", "~")):
+        return None
+    if name.startswith("additional_parameters."):
+        return f"{text}: sbatch's own options are added: write +{text}"
+    keys = all_keys(launcher)
+    if name not in keys:
+        if len(keys) == 1:
+            return f"{text}: runs are started here; to submit them add hydra/launcher=slurm"
+        return f"{text}: {no_launcher_key(name, keys)}"
+    try:
+        OmegaConf.update(launcher, name, value, merge=True)
+    except OmegaConfBaseException as error:
+        return f"{text}: must be {expected(launcher, name) or said(error)}"
+    return None
 
 
 def _leaves(value: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -278,11 +307,18 @@ def said(error: BaseException) -> str:
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     if not lines:
         return type(root).__name__
-    lacking = re.search(r"Could not find '(\S+)/([^/\s]+)'", lines[0])
-    if lacking and len(lines) > 1 and lines[1].startswith("Available options"):
-        group, choice = lacking.groups()
-        choices = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
-        return f"{group}={choice}: no such {group}; one of {', '.join(choices)}"
+    if "'hydra/launcher/submitit_" in lines[0]:
+        module = "hydra_plugins.hydra_submitit_launcher"
+        problem = lacking("slurm", module, "submitting runs, to Slurm or in the background,")
+        if problem is not None:
+            return problem
+    found = re.search(r"Could not find '(\S+)/([^/\s]+)'", lines[0])
+    if found and len(lines) > 1 and lines[1].startswith("Available options"):
+        group, choice = found.groups()
+        choices = [*itertools.takewhile(lambda line: not line.startswith("Config"), lines[2:])]
+        close = difflib.get_close_matches(choice, choices, n=1)
+        hint = f"; did you mean {group}={close[0]}?" if close else ""
+        return f"{group}={choice}: no such {group}; one of {', '.join(choices)}{hint}"
     if len(lines) > 1 and lines[1].startswith("Config search path"):
         return lines[0]
     where = re.match(r"In '[^']+'", lines[0])

@@ -95,3 +95,13 @@ def nearest(key: str, keys: Sequence[str]) -> str:
             return ""
         near = close[0]
     return f"; did you mean {near}?"
+
+
+def no_launcher_key(name: str, keys: Sequence[str]) -> str:
+    """What to say of a wrong key of hydra.launcher."""
+    near = difflib.get_close_matches(name, keys, n=1)
+    hint = f"; did you mean hydra.launcher.{near[0]}?" if near else ""
+    return (
+        f"no such key{hint}; other options of sbatch are given as "
+        f"+hydra.launcher.additional_parameters.{name}=VALUE"
+    )

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from forgelm import slurm
-from forgelm.config.compose import Request, to_typed
+from forgelm.config.compose import Composer, Request, to_typed
 from forgelm.config.diagnose import Findings, allowed, explain, said
 from forgelm.config.schema import RunConfig, TeacherKind
 from forgelm.config.validate import check, uses_teacher
@@ -47,10 +47,11 @@ def check_request(request: Request) -> list[Point]:
         raise ConfigError(findings.problems)
     parsed = _parse(request, findings)
     kept = [item for item in parsed if allowed(item, request, findings)]
+    composer = Composer(request)
     points = [
         point
         for overrides in _points(kept, request, findings)
-        if (point := _check_point(overrides, request, findings)) is not None
+        if (point := _check_point(overrides, composer, findings)) is not None
     ]
     if findings.problems:
         raise ConfigError(findings.problems)
@@ -126,9 +127,10 @@ def _nodes(config: RunConfig, composed: DictConfig) -> list[str]:
     ]
 
 
-def _check_point(overrides: list[str], request: Request, findings: Findings) -> Point | None:
+def _check_point(overrides: list[str], composer: Composer, findings: Findings) -> Point | None:
+    request = composer.request
     try:
-        composed = request.compose(overrides)
+        composed = composer.compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         composed_anyway = explain(overrides, request, error, findings)
         if composed_anyway is None:
@@ -148,7 +150,7 @@ def _check_point(overrides: list[str], request: Request, findings: Findings) -> 
     problems = [*check(config), *_nodes(config, composed)]
     if not problems:
         try:
-            teacher_run(config, request.compose)
+            teacher_run(config, composer.compose)
         except ConfigError as error:
             problems = error.problems
     for problem in problems:

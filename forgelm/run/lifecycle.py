@@ -7,7 +7,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,16 @@ def is_complete(paths: RunPaths) -> bool:
     return state is not None and state.pipeline_complete
 
 
-def seal(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]) -> None:
-    """Create the run directory with its config, metadata and state, if it isn't there yet."""
+def seal(
+    paths: RunPaths,
+    config: RunConfig,
+    digest: str,
+    overrides: list[str],
+    status: Status = Status.created,
+    **facts: Any,
+) -> None:
+    """Create the run directory with its config, metadata (`facts` among it) and state, if it isn't
+    there yet."""
     paths.root.mkdir(parents=True, exist_ok=True)
     if not paths.metadata.is_file():
         run_id = f"fg-{uuid.uuid4().hex[:12]}"
@@ -135,12 +143,13 @@ def seal(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]) 
                 "seed": config.seed,
                 "wandb_id": run_id,
                 "sessions": [],
+                **facts,
             },
         )
     if not paths.config.is_file():
-        write_text(paths.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_text(paths.config, OmegaConf.to_yaml(asdict(config)))
     if not paths.state.is_file():
-        TrainingState().save(paths)
+        TrainingState(status=status).save(paths)
 
 
 def extend(run: Run) -> None:
@@ -162,10 +171,27 @@ def extend(run: Run) -> None:
     run.update(pipeline_complete=False)
 
 
-def enrol(paths: RunPaths, config: RunConfig, digest: str, overrides: list[str]) -> None:
-    """Seal and register a run that will be begun later, so that it isn't forgotten."""
-    seal(paths, config, digest, overrides)
-    register(OutputRoot(paths.root.parents[3]), read_json(paths.metadata)["run_id"], paths)
+def enrol(
+    paths: RunPaths,
+    config: RunConfig,
+    digest: str,
+    overrides: list[str],
+    submitted: dict[str, Any] | None = None,
+) -> None:
+    """Seal and register a run that will be begun later, so that it isn't forgotten.
+
+    `submitted`: how, if a scheduler is to begin it.
+    """
+    state = load_state(paths)
+    facts = {} if submitted is None else {"submitted": submitted}
+    status = Status.created if submitted is None else Status.submitted
+    seal(paths, config, digest, overrides, status, **facts)
+    metadata = read_json(paths.metadata)
+    register(OutputRoot(paths.root.parents[3]), metadata["run_id"], paths)
+    if metadata != metadata | facts:
+        write_json(paths.metadata, metadata | facts)
+    if submitted is not None and state is not None:
+        replace(state, status=status).save(paths)
 
 
 @contextmanager
