@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Command
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from forgelm import __version__
-from forgelm.config.compose import Request, conf_dir
+from forgelm.config.compose import Composer, Request, conf_dir
 from forgelm.config.request import check_request
 from forgelm.config.schema import MODES, KdConfig, Problem, RunConfig, TeacherKind
 
@@ -400,3 +402,40 @@ def test_usage_errors_of_other_commands_are_wrong_requests(
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith(f"forgelm: {says}")
     assert len(done.err.splitlines()) == 1
+
+
+POINTS = [
+    [],
+    ["seed=3"],
+    ["seed=4", "training.learning_rate=1e-4", "task.metrics=[accuracy]"],
+    ["model=distilbert", "seed=3"],
+    ["seed=3", "model=distilbert", "model.lora={enabled: true, r: 4}"],
+    ["mode=kd", "mode.alpha=0.3", "hydra.job.name=x", "+hydra.job.env_set.A=b"],
+    ["mode=kd", "mode.alpha=0.4", "hydra.job.name=x", "+hydra.job.env_set.A=b"],
+    ["experiment=mnli/distilbert/00_sft", "seed=1"],
+    [
+        "hydra/launcher=slurm",
+        "+hydra.launcher.additional_parameters.hold=true",
+        "seed=${max_steps}",
+    ],
+    ["seed=1", "seed=2"],
+]
+
+
+def test_points_composed_together_are_as_if_alone() -> None:
+    composer = Composer(Request())
+    for overrides in [*POINTS, *reversed(POINTS)]:
+        together, alone = composer.compose(overrides), Request().compose(overrides)
+        assert OmegaConf.to_yaml(together) == OmegaConf.to_yaml(alone), overrides
+        assert OmegaConf.get_type(together) is OmegaConf.get_type(alone)
+        assert OmegaConf.is_struct(together)
+
+
+@pytest.mark.parametrize("wrong", ["sed=1", "seed=x", "mode=nope", "mode.alpha=1", "seed@x=1"])
+def test_points_composed_together_fail_as_if_alone(wrong: str) -> None:
+    said = []
+    for compose in (Composer(Request()).compose, Request().compose):
+        with pytest.raises(HydraException) as raised:
+            compose(["max_steps=3", wrong])
+        said.append(str(raised.value))
+    assert said[0] == said[1]
