@@ -24,7 +24,9 @@ def test_the_section_does_what_it_says(cluster: Cluster, tmp_path: Path) -> None
     path = f"{Path(sys.executable).parent}:{cluster.env['PATH']}"
     said = []
     # Nothing is to be trained here: all nodes are busy.
-    cluster.submit("--partition=main", "--nodes=3", "--exclusive", "--wrap=sleep 600")
+    cluster.submit(
+        "--partition=main", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600"
+    )
     for command in commands():
         done = subprocess.run(
             ["bash", "-c", command],
