@@ -125,7 +125,8 @@ def ask(job: Job) -> Facts | None:
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_S)
-        code, out = _call("scontrol", "-o", "show", "job", job.id)
+        # The last task of an array has the array's number: by that Slurm shows all of them.
+        code, out = _call("scontrol", "-o", "show", "job", job.name)
         if code == 0 and "JobState=" in out:
             return _facts(out)
         if code is None:

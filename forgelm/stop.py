@@ -43,18 +43,20 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        ending = _flag.last and _flag.reason is not None
+        asked = _flag.reason is not None
         _flag.owner = None
-        if not ending:
+        if not _flag.last:
             _flag.reason = None
         for name, handler in before.items():
-            signal.signal(name, signal.SIG_IGN if ending else handler)
+            # A person may still be tired of waiting.
+            ignored = _flag.last and (asked or name is not signal.SIGINT)
+            signal.signal(name, signal.SIG_IGN if ignored else handler)
 
 
 def ends_with_this(silent: bool = False) -> None:
-    """This process ends when its command does: once asked to stop, it lets no signal hurry it.
+    """This process ends when its command does, and from then on lets no signal hurry it.
 
-    Schedulers send several, and one that came after the work would turn the exit code into theirs.
+    One that came after the work would turn the exit code into its own: schedulers send several.
     `silent`: somebody else tells the person at the terminal that the stop has begun.
     """
     _flag.last, _flag.silent = True, silent

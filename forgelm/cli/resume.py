@@ -106,9 +106,11 @@ def _one(
         own = [word for word in overrides if not word.lstrip("+").startswith("hydra")]
         if launcher is None:
             return start(config, own, in_sweep=False, teacher_run=None)
+        from forgelm.cluster.submit import for_run
         from forgelm.resolve import resolve
 
-        submitted.append((resolve(config, own, in_sweep=False, teacher_run=None), launcher))
+        plan = resolve(config, own, in_sweep=False, teacher_run=None)
+        submitted.append((plan, for_run(launcher, plan.config)))
         return EXIT_OK
     except RunInUse as busy:
         if not skip_busy:

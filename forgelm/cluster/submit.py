@@ -28,6 +28,7 @@ from forgelm.config.compose import Request
 from forgelm.config.extras import lacking
 from forgelm.config.keys import no_launcher_key
 from forgelm.config.request import check_request
+from forgelm.config.schema import RunConfig
 from forgelm.errors import ConfigError
 from forgelm.resolve import Plan
 from forgelm.run.files import read_json, write_json, write_text
@@ -46,6 +47,7 @@ RUNS = "runs.txt"
 _SHOWN = 10
 _WRITERS = 8
 _AT_LEAST_ONE = ("array_parallelism", "signal_delay_s", "timeout_min")
+_FOLLOW = {"nodes": "launch.nodes", "tasks_per_node": "launch.ranks_per_node"}
 # Of no use to us, or decided elsewhere.
 _NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout", "setup", "signal_delay_s")
 
@@ -106,19 +108,11 @@ def check(launcher: dict[str, Any], plans: Sequence[Plan]) -> None:
             "launch.nodes and launch.ranks_per_node can't differ within one submission: submit "
             "one value of them at a time"
         )
-    ((nodes, ranks),) = shapes
     problems = [
         f"hydra.launcher.{key}={launcher[key]}: must be at least 1"
         for key in _AT_LEAST_ONE
         if launcher[key] < 1
     ]
-    if launcher["nodes"] != nodes:
-        problems.append(f"hydra.launcher.nodes={launcher['nodes']}: give launch.nodes instead")
-    if launcher["tasks_per_node"] != ranks:
-        problems.append(
-            f"hydra.launcher.tasks_per_node={launcher['tasks_per_node']}: give "
-            "launch.ranks_per_node instead"
-        )
     if problems:
         raise ConfigError(problems)
     if launcher["_target_"] == TO_SLURM and shutil.which("sbatch") is None:
@@ -151,6 +145,11 @@ def chosen(composed: DictConfig) -> dict[str, Any] | None:
             f"hydra.launcher.{key}={launcher[key]}: {no_launcher_key(key, known)}"
             for key in launcher
             if key not in known
+        ]
+        problems += [
+            f"hydra.launcher.{key}={launcher[key]}: give {ours} instead"
+            for key, ours in _FOLLOW.items()
+            if launcher[key] != OmegaConf.select(composed, ours)
         ]
         if target == TO_SLURM:
             problems += filter(None, [lacking("slurm", "submitit", "hydra/launcher=slurm")])
@@ -193,6 +192,12 @@ def changed(launcher: dict[str, Any] | None, overrides: Sequence[str]) -> dict[s
     parsed = OverridesParser.create().parse_overrides(words)
     ConfigLoaderImpl._apply_overrides_to_config(parsed, made)
     return dict(OmegaConf.to_container(made.hydra.launcher))  # type: ignore[arg-type]
+
+
+def for_run(launcher: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A launcher chosen anew for a run that is sealed: with the run's own number of processes."""
+    launch = config.launch
+    return {**launcher, "nodes": launch.nodes, "tasks_per_node": launch.ranks_per_node}
 
 
 def note_cancelled(paths: RunPaths) -> bool:
@@ -325,7 +330,7 @@ def _after(max_restarts: int) -> list[str]:
     return [
         "code=$?",
         'if [ -e "$handover" ] || { [ "$code" -ge 128 ] && [ "$code" -ne 130 ]; }; then',
-        '  state=$(scontrol -o show job "$SLURM_JOB_ID" | sed "s/.*JobState=\\([A-Z_]*\\).*/\\1/")',
+        '  state=$(scontrol -o show job "$job" | sed "s/.*JobState=\\([A-Z_]*\\).*/\\1/")',
         "  restarts=${SLURM_RESTART_COUNT:-0}",
         f'  if [ "$state" = RUNNING ] && [ "$restarts" -lt {max_restarts} ]; then',
         '    echo "the batch script requeues job $job: its processes ended with $code"',

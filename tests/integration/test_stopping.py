@@ -380,3 +380,16 @@ def test_a_second_ctrl_c_stops_at_once(tiny: Command, whole: Whole, tmp_path: Pa
     assert gone_on.code == 0, gone_on.err
     assert "going on from checkpoint-1 of 3 steps" in gone_on.out
     assert differences(run, whole(*words)) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_after_the_work_changes_nothing(name: str) -> None:
+    child = (
+        "import os, signal, sys\n"
+        "from forgelm import stop\n"
+        "stop.ends_with_this()\n"
+        "with stop.listening(): pass\n"
+        f"os.kill(os.getpid(), signal.{name})\n"
+        "sys.exit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", child]).returncode == 3

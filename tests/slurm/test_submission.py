@@ -189,6 +189,15 @@ def test_a_job_inside_of_a_job_starts_afresh(desk: Desk, monkeypatch: pytest.Mon
     assert not left & inner.keys()
 
 
+def test_whatever_task_of_an_array_is_killed_comes_back(desk: Desk) -> None:
+    """As when the kernel kills the processes; only so often as the config says."""
+    killed = "hydra.launcher.setup=['srun() { return 137; }']"
+    job = job_in(desk.submit("-m", "seed=1,2", killed, "launch.max_restarts=1", held=False))
+    for index in range(2):
+        desk.cluster.wait_for_state(f"{job}_{index}", "FAILED", 90)
+        assert desk.cluster.show(f"{job}_{index}")["Restarts"] == "1"
+
+
 def test_tokens_are_written_nowhere(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     token = "hf" + "_" + "Ab1" * 10
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
@@ -456,6 +465,15 @@ def test_resume_submits_again_with_the_recorded_launcher(desk: Desk) -> None:
     assert read_json(run.metadata)["submitted"]["launcher"]["timeout_min"] == 9
 
 
+def test_a_launcher_chosen_anew_keeps_the_number_of_processes(desk: Desk) -> None:
+    shape = ("launch.nodes=2", "launch.ranks_per_node=3")
+    desk.cluster.cancel(job_in(desk.submit(*shape)))
+    (run,) = desk.runs()
+    job = job_in(desk.forgelm("resume", str(run.root), "hydra/launcher=slurm", HELD))
+    shown = desk.cluster.show(job)
+    assert (shown["NumNodes"], shown["NumTasks"]) == ("2-2", "6")
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -543,28 +561,35 @@ def test_runs_in_the_background(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One after the other, with what a run started here ends with; one of them fails."""
-    words = (*SMALL, "training.max_grad_norm=0")
+    own = "training.max_grad_norm=0"
+    rates = "training.learning_rate=1e30,1e-3"
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path / "no-programs"))
-        said = desk.forgelm(
-            *words, "-m", "training.learning_rate=1e30,1e-3", "hydra/launcher=local"
-        )
-        assert said.code == 0, said.err
-        process = int(said.out.split("as process ")[1].split()[0])
-        failing, fine = desk.runs()
-        assert [status_of(run) for run in (failing, fine)] == ["submitted"] * 2
-        assert started(process)
-    # Meanwhile the same run, submitted and never begun, is trained here.
-    job = job_in(desk.submit("output_root=here", "training.max_grad_norm=0"))
-    desk.cluster.cancel(job)
-    (here,) = [RunPaths(file.parent) for file in desk.folder.glob("here/*/*/*/*/config.yaml")]
-    resumed = desk.forgelm("resume", str(here.root), "--local")
-    assert resumed.code == 0, resumed.err
-    wait_until(lambda: not started(process))
+        said = desk.forgelm(*SMALL, own, "-m", rates, "hydra/launcher=local", "launch.wait=true")
+    failing, fine = desk.runs()
     assert (status_of(failing), status_of(fine)) == ("failed", "complete"), said.out
-    compared = (weight_differences, record_differences, order_differences)
-    assert [line for compare in compared for line in compare(here, fine)] == []
+    assert said.code == 2
+    for run in (failing, fine):
+        assert f"{run.root.name}: {status_of(run)}" in said.out
     (first,), (second,) = (read_json(run.metadata)["sessions"] for run in (failing, fine))
     assert first["stopped"] <= second["started"]
     assert second["code"] == read_json(fine.metadata)["submitted"]["code"]
-    assert "forgelm" in (desk.submissions()[0] / "0.log").read_text()
+    # The same run, submitted and never begun, then trained here.
+    desk.cluster.cancel(job_in(desk.submit("output_root=here", own)))
+    (here,) = [RunPaths(file.parent) for file in desk.folder.glob("here/*/*/*/*/config.yaml")]
+    resumed = desk.forgelm("resume", str(here.root), "--local")
+    assert resumed.code == 0, resumed.err
+    compared = (weight_differences, record_differences, order_differences)
+    assert [line for compare in compared for line in compare(here, fine)] == []
+
+
+def test_what_runs_in_the_background_is_ended_as_a_whole(desk: Desk) -> None:
+    said = desk.forgelm(*SMALL, "-m", "seed=1,2", "hydra/launcher=local", "max_steps=100000")
+    assert said.code == 0, said.err
+    process, runs = int(said.out.split("as process ")[1].split()[0]), desk.runs()
+    assert started(process)
+    assert [status_of(run) for run in runs] == ["submitted"] * 2
+    wait_until(lambda: status_of(runs[0]) == "running")
+    os.kill(process, signal.SIGTERM)
+    wait_until(lambda: not started(process))
+    assert [status_of(run) for run in runs] == ["preempted", "submitted"]
