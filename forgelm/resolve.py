@@ -30,6 +30,8 @@ class Plan:
     digest: str
     overrides: list[str]
     extends: bool = False
+    new_teacher: Path | None = None
+    """The teacher's run, where it was sealed just now for this one."""
 
 
 def resolve(
@@ -43,10 +45,11 @@ def resolve(
     config = replace(config, output_root=str(Path(config.output_root).expanduser()))
     if config.resume is not None:
         return _gone_on_with(config, overrides)
-    teacher = _teacher(config, overrides, teacher_run)
+    teacher, fresh = _teacher(config, overrides, teacher_run)
     config = replace(config, teacher=teacher)
     paths, digest = locate(config, in_sweep), config_hash(config)
-    return Plan(_absolute(config), RunPaths(paths.root.resolve()), digest, overrides)
+    place = RunPaths(paths.root.resolve())
+    return Plan(_absolute(config), place, digest, overrides, new_teacher=fresh)
 
 
 def sealed_plan(folder: Path) -> Plan:
@@ -136,10 +139,11 @@ def _never_began(paths: RunPaths) -> bool:
 
 def _teacher(
     config: RunConfig, overrides: list[str], teacher_run: RunConfig | None
-) -> TeacherConfig:
+) -> tuple[TeacherConfig, Path | None]:
+    """The teacher, and its run's directory where that was sealed just now."""
     teacher, task = config.teacher, config.task
     if not uses_teacher(config):
-        return TeacherConfig(kind=TeacherKind.none)
+        return TeacherConfig(kind=TeacherKind.none), None
     if teacher.kind is TeacherKind.run:
         paths = find_run(str(teacher.run), Path(config.output_root))
         if not is_complete(paths):
@@ -148,18 +152,17 @@ def _teacher(
                 f"forgelm train resume={paths.root}"
             )
         digest = read_json(paths.metadata)["config_hash"]
-        return replace(teacher, run=str(paths.root), run_hash=digest)
+        return replace(teacher, run=str(paths.root), run_hash=digest), None
     if teacher.kind is TeacherKind.auto and task.teacher:
-        return replace(
-            teacher, kind=TeacherKind.path, path=task.teacher, revision=task.teacher_revision
-        )
+        path, revision = task.teacher, task.teacher_revision
+        return replace(teacher, kind=TeacherKind.path, path=path, revision=revision), None
     if teacher_run is not None:
         plan = resolve(teacher_run, [f"experiment={task.teacher_experiment}"], False, None)
+        fresh = None if plan.paths.root.is_dir() else plan.paths.root
         seal(plan.paths, plan.config, plan.digest, plan.overrides)
-        return replace(
-            teacher, kind=TeacherKind.run, run=str(plan.paths.root), run_hash=plan.digest
-        )
-    return teacher
+        run = str(plan.paths.root)
+        return replace(teacher, kind=TeacherKind.run, run=run, run_hash=plan.digest), fresh
+    return teacher, None
 
 
 def _absolute(config: RunConfig) -> RunConfig:

@@ -72,6 +72,12 @@ def current() -> Job | None:
     )
 
 
+def in_step() -> bool:
+    """Whether `srun` started this process."""
+    job = current()
+    return job is not None and job.in_step
+
+
 def started_ranks() -> bool:
     """Whether `srun` started this process as one of several."""
     job = current()
@@ -201,6 +207,7 @@ class Handed:
     said: str = ""
     cancelled: bool = False
     lingers: bool = False
+    requeued: bool = False
 
 
 @cache
@@ -213,7 +220,7 @@ def hand_back() -> Handed:
     if facts is None:
         return _unasked(job)
     if facts.restarts > job.restarts:
-        return Handed(f"Slurm requeues job {job.name} already")
+        return Handed(f"Slurm requeues job {job.name} already", requeued=True)
     if facts.state != "RUNNING":
         if facts.overtime:
             return Handed(f"job {job.name} is over its time limit and ends; forgelm resume goes on")
@@ -224,7 +231,7 @@ def hand_back() -> Handed:
         return Handed(f"job {job.name} isn't being preempted: not requeued")
     problem = requeue(job)
     if problem is None:
-        return Handed(f"requeued job {job.name} by scontrol")
+        return Handed(f"requeued job {job.name} by scontrol", requeued=True)
     if facts.preempted:
         said = f"job {job.name} couldn't be requeued ({problem}): waiting for Slurm to do so"
         return Handed(said, lingers=True)

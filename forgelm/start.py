@@ -28,10 +28,11 @@ from forgelm.log import log, say, set_up, to_file
 from forgelm.pipeline import pipeline
 from forgelm.resolve import Plan, resolve, sealed_plan, settle
 from forgelm.run.files import read_json
+from forgelm.run.find import find_run
 from forgelm.run.lifecycle import Run, end_session, enrol, follower, is_complete, opened
 from forgelm.run.paths import OutputRoot, RunPaths
 from forgelm.run.registry import incomplete, unregister
-from forgelm.run.state import Stage, Status
+from forgelm.run.state import Stage, Status, load_state
 from forgelm.world import ALONE, World, join
 
 _WAIT_S = 2.0
@@ -80,8 +81,8 @@ def start(
             finally:
                 ranks.tell(None)
         except (Stopped, RankFailed) as ended:
-            if ended.exit_code == EXIT_STOPPED and slurm.hand_back().lingers:
-                slurm.linger()
+            if ended.exit_code == EXIT_STOPPED:
+                _left_to_slurm(config)
             raise
     return EXIT_OK
 
@@ -101,6 +102,18 @@ def _planned(
             if metadata["overrides"] == overrides and job.name in theirs[-1:]:
                 return sealed_plan(root.resolve())
     return settle(resolve(config, overrides, in_sweep, teacher_run))
+
+
+def _left_to_slurm(config: RunConfig) -> None:
+    """The job handed back, where the run itself hasn't, as before it is entered."""
+    handed = slurm.hand_back()
+    if handed.cancelled and config.resume is not None:
+        paths = find_run(config.resume, Path(config.output_root).expanduser())
+        state = load_state(paths)
+        if state is not None and not state.pipeline_complete:
+            replace(state, status=Status.cancelled).save(paths)
+    if handed.lingers:
+        slurm.linger()
 
 
 def _as_started(launch: LaunchConfig, job: slurm.Job) -> LaunchConfig:
@@ -182,7 +195,7 @@ def own(plan: Plan, ranks: Ranks) -> None:
         except Stopped as stopped:
             handed = slurm.hand_back()
             status = Status.cancelled if handed.cancelled else Status.preempted
-            end_session(run, status, str(stopped))
+            end_session(run, status, str(stopped), requeued=handed.requeued)
             say(f"stopped {stop.since():.1f} s after {stopped}; {_how_to_go_on(run)}")
             if handed.said:
                 say(handed.said)
@@ -229,7 +242,8 @@ def follow(world: World) -> int:
 
 def _how_to_go_on(run: Run) -> str:
     kept = run.state.latest_checkpoint or "its start, no checkpoint being written yet"
-    return f"the same command, or forgelm resume {run.paths.root}, goes on from {kept}"
+    again = f"forgelm resume {shlex.quote(str(run.paths.root))}"
+    return f"the same command, or {again}, goes on from {kept}"
 
 
 def _to_log_alone(run: Run) -> None:

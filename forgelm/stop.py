@@ -62,6 +62,11 @@ def ends_with_this(silent: bool = False) -> None:
     _flag.last, _flag.silent = True, silent
 
 
+def silently() -> None:
+    """A first Ctrl-C says nothing: who is asked to stop has no step to end."""
+    _flag.silent = True
+
+
 def request(reason: str) -> None:
     """Ask for a stop, as a signal does."""
     if _flag.reason is None:

@@ -42,6 +42,7 @@ forgelm train takes Hydra's overrides and flags:
   forgelm mode=kd model=distilbert task=mnli
   forgelm train -m mode=sft,kd seed=1,2,3
   forgelm train --cfg job             print the composed config
+  forgelm train hydra/launcher=slurm  submit it to Slurm; a sweep as one array
   forgelm train --help                the groups and keys
 
 groups: task, model, teacher, mode, experiment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,22 +58,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _all_incomplete(overrides: Sequence[str], local: bool) -> int:
-    from forgelm.cluster.submit import note_cancelled
+    from forgelm.cluster.submit import note_cancelled, trained_by_others
     from forgelm.run.paths import OutputRoot, RunPaths
     from forgelm.run.registry import incomplete
 
-    given = [word.partition("=")[2] for word in overrides if word.startswith("output_root=")]
-    root = Path(given[-1] if given else "outputs").expanduser()
+    root = Path(_asked_for(overrides).config.output_root).expanduser()
     runs = []
     for run in incomplete(OutputRoot(root)):
         if note_cancelled(RunPaths(run)):
-            print(f"left alone: {run} was cancelled; forgelm resume {run} goes on with it")
+            again = f"forgelm resume {shlex.quote(str(run))} goes on with it"
+            print(f"left alone: {run} was cancelled; {again}")
+        elif not local and trained_by_others(RunPaths(run)):
+            print(f"left alone: {run} is a teacher, which its students train when they need it")
         else:
             runs.append(str(run))
     if not runs:
         print(f"no incomplete runs below {root}")
         return EXIT_OK
     return _each(runs, overrides, local, skip_busy=True)
+
+
+def go_on(run: str, overrides: Sequence[str]) -> int:
+    """`forgelm train resume=RUN`, which is the same."""
+    return _each([run], overrides, local=False)
 
 
 def _each(
@@ -108,8 +116,11 @@ def _one(
             return start(config, own, in_sweep=False, teacher_run=None)
         from forgelm.cluster.submit import for_run
         from forgelm.resolve import resolve
+        from forgelm.run.lock import owned
 
         plan = resolve(config, own, in_sweep=False, teacher_run=None)
+        with owned(plan.paths):
+            pass
         submitted.append((plan, for_run(launcher, plan.config)))
         return EXIT_OK
     except RunInUse as busy:
@@ -135,11 +146,14 @@ class _Asked:
     """To the launcher that a run has recorded."""
 
     def launcher_for(self, run: str) -> dict[str, Any] | None:
+        from forgelm import slurm
         from forgelm.cluster.submit import changed, launcher_of
         from forgelm.run.find import find_run
 
         if self.given:
             return self.launcher
+        if slurm.in_step():
+            return None
         recorded = launcher_of(find_run(run, Path(self.config.output_root).expanduser()))
         return changed(recorded, self.changes)
 

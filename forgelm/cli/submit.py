@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from forgelm.cluster.submit import already, check, how_to_follow, submit
-from forgelm.errors import EXIT_OK
+from forgelm.cluster.submit import (
+    Submission,
+    already,
+    check,
+    forget_teachers,
+    how_to_follow,
+    submit,
+)
+from forgelm.errors import EXIT_OK, ForgeError
 from forgelm.log import say, set_up
 from forgelm.resolve import Plan
 
@@ -14,18 +22,29 @@ from forgelm.resolve import Plan
 def submit_all(plans: Sequence[Plan], launcher: dict[str, Any], wait: bool) -> int:
     """Submit the runs that need it; returns the exit code."""
     set_up()
-    check(launcher, plans)
-    reasons = already([plan.paths for plan in plans if not plan.extends])
-    for reason in reasons.values():
-        say(reason)
-    # A sweep may name a run twice.
-    left = {plan.paths: plan for plan in plans if plan.extends or plan.paths not in reasons}
-    if not left:
-        return EXIT_OK
-    made = submit(list(left.values()), launcher)
-    say(how_to_follow(made))
-    if not wait:
+    try:
+        check(launcher, plans)
+        reasons, queued = already(plans)
+        for reason in reasons.values():
+            say(reason)
+        # A sweep may name a run twice.
+        left = {plan.paths: plan for plan in plans if plan.paths not in reasons}
+        made = submit(list(left.values()), launcher) if left else None
+    except ForgeError:
+        forget_teachers(plans)
+        raise
+    if made is not None:
+        say(how_to_follow(made))
+    if not wait or not (left or queued):
         return EXIT_OK
     from forgelm.cluster.watch import wait as wait_for
 
-    return wait_for(made)
+    return wait_for(_with(made, queued))
+
+
+def _with(made: Submission | None, queued: dict[Any, str]) -> Submission:
+    """What was submitted now, and what was before."""
+    names, runs = [*queued.values()], [*queued]
+    if made is None:
+        return Submission(runs[0].root, names[0].partition("_")[0], names, runs)
+    return replace(made, names=[*made.names, *names], runs=[*made.runs, *runs])

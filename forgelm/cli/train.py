@@ -74,7 +74,11 @@ def main(argv: Sequence[str]) -> int:
         if arguments.cfg:
             return _show(arguments, points[0].composed)
         if not shown_only:
-            launcher = chosen(points[0].composed)
+            launcher, run = chosen(points[0].composed), points[0].config.resume
+            if run is not None and not arguments.multirun:
+                from forgelm.cli.resume import go_on
+
+                return go_on(run, [w for w in arguments.overrides if not w.startswith("resume=")])
             if launcher is not None:
                 return _submit(points, launcher, arguments)
     _codes.clear()
@@ -105,7 +109,7 @@ def _submit(points: list[Point], launcher: dict[str, Any], arguments: argparse.N
 def _check_same(launcher: dict[str, Any], other: dict[str, Any] | None) -> None:
     """What follows launch.nodes is left to those who know that key."""
     other = other or {}
-    for key in sorted({*launcher, *other} - {"nodes", "tasks_per_node"}):
+    for key in sorted({*launcher, *other} - {"nodes", "tasks_per_node", "submitit_folder"}):
         if launcher.get(key) != other.get(key):
             raise ConfigError(
                 f"hydra.launcher.{key} can't differ within one submission "

@@ -10,10 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ from forgelm.config.compose import Request
 from forgelm.config.extras import lacking
 from forgelm.config.keys import no_launcher_key
 from forgelm.config.request import check_request
-from forgelm.config.schema import RunConfig
-from forgelm.errors import ConfigError
+from forgelm.config.schema import RunConfig, TeacherKind
+from forgelm.errors import ConfigError, RunError, RunInUse
 from forgelm.resolve import Plan
 from forgelm.run.files import read_json, write_json, write_text
-from forgelm.run.lifecycle import enrol, is_complete
+from forgelm.run.lifecycle import EXTENDING, enrol, is_complete, load_sealed
 from forgelm.run.lock import owned
 from forgelm.run.metadata import git, now, versions
 from forgelm.run.paths import OutputRoot, RunPaths
@@ -43,9 +44,14 @@ TO_SLURM = "forgelm.cluster.submit.to_slurm"
 TO_THIS_MACHINE = "forgelm.cluster.submit.to_this_machine"
 SUBMISSION = "submission.json"
 RUNS = "runs.txt"
+GOALS = "goals.txt"
 # Runs that are named after a submission; the others are in its file.
 _SHOWN = 10
 _WRITERS = 8
+# Slurm looks at time limits twice a minute, and rounds early.
+_EARLY_S = 60
+# Slurm's KillWait, and some.
+_ENDING_S = 60.0
 _AT_LEAST_ONE = ("array_parallelism", "signal_delay_s", "timeout_min")
 _FOLLOW = {"nodes": "launch.nodes", "tasks_per_node": "launch.ranks_per_node"}
 # Of no use to us, or decided elsewhere.
@@ -73,8 +79,13 @@ def submit(plans: Sequence[Plan], launcher: dict[str, Any]) -> Submission:
         RunInUse: a process is in one of the directories.
     """
     output = OutputRoot(Path(plans[0].config.output_root).resolve())
-    code = seal_code(output)
-    folder = _folder(output)
+    try:
+        code, folder = seal_code(output), _folder(output)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename}: can't be written ({error.strerror}): mend that, or give another "
+            "output_root"
+        ) from error
     sealed = {
         "at": now(),
         "launcher": launcher,
@@ -90,7 +101,10 @@ def submit(plans: Sequence[Plan], launcher: dict[str, Any]) -> Submission:
         with ThreadPoolExecutor(_WRITERS) as pool:
             submitted = [{**sealed, "index": index} for index in range(len(plans))]
             deque(pool.map(_enrol, plans, submitted, itertools.repeat(undo)), maxlen=0)
+        for plan in plans:
+            _note_teacher(plan, sealed)
         write_text(folder / RUNS, "".join(f"{plan.paths.root}\n" for plan in plans))
+        write_text(folder / GOALS, "".join(f"{_goal(plan)}\n" for plan in plans))
         send = to_slurm if launcher["_target_"] == TO_SLURM else to_this_machine
         job, names = send(folder, code, launcher, plans)
         undo.pop_all()
@@ -113,13 +127,36 @@ def check(launcher: dict[str, Any], plans: Sequence[Plan]) -> None:
         for key in _AT_LEAST_ONE
         if launcher[key] < 1
     ]
+    roots = sorted({plan.config.output_root for plan in plans})
+    if len(roots) > 1:
+        problems.append(f"output_root can't differ within one submission ({', '.join(roots)})")
+    if launcher["_target_"] == TO_SLURM:
+        problems += _slurm_problems(launcher, roots[0])
     if problems:
         raise ConfigError(problems)
-    if launcher["_target_"] == TO_SLURM and shutil.which("sbatch") is None:
-        raise ConfigError(
-            "hydra/launcher=slurm: there is no sbatch here: submit from a machine of the cluster, "
-            "or take hydra/launcher=local, which runs on this one"
+
+
+def _slurm_problems(launcher: dict[str, Any], root: str) -> Iterator[str]:
+    lead, limit = launcher["signal_delay_s"], 60 * launcher["timeout_min"]
+    if limit < lead + _EARLY_S:
+        yield (
+            f"hydra.launcher.timeout_min={launcher['timeout_min']}: Slurm's signal comes "
+            f"hydra.launcher.signal_delay_s={lead} s before the limit, or a minute earlier, so the "
+            "run would be told to stop as it starts: give a longer limit"
         )
+    if any(sign in root for sign in "%\\"):
+        yield f"output_root={root}: Slurm reads % and \\ in a path otherwise: give another one"
+    if "array" in launcher["additional_parameters"]:
+        yield (
+            "hydra.launcher.additional_parameters.array: arrays are made of a sweep's runs: give -m"
+        )
+    for program in ("sbatch", "srun"):
+        if shutil.which(program) is None:
+            yield (
+                f"hydra/launcher=slurm: there is no {program} here: submit from a machine of the "
+                "cluster, or take hydra/launcher=local, which runs on this one"
+            )
+            return
 
 
 def job_of(paths: RunPaths) -> str | None:
@@ -128,7 +165,9 @@ def job_of(paths: RunPaths) -> str | None:
     if submitted is None or submitted["launcher"]["_target_"] != TO_SLURM:
         return None
     file = OutputRoot(paths.root.parents[3]).submissions / submitted["folder"] / SUBMISSION
-    return str(read_json(file)["names"][submitted["index"]]) if file.is_file() else None
+    if submitted["index"] is None or not file.is_file():
+        return None
+    return str(read_json(file)["names"][submitted["index"]])
 
 
 def chosen(composed: DictConfig) -> dict[str, Any] | None:
@@ -208,23 +247,56 @@ def note_cancelled(paths: RunPaths) -> bool:
     metadata = read_json(paths.metadata)
     last = metadata["sessions"][-1] if metadata["sessions"] else None
     since = last is not None and last["started"] > metadata["submitted"]["at"]
-    if last is not None and since and (last.get("slurm") or {}).get("job") != name:
+    theirs = (last.get("slurm") or {}) if last is not None and since else None
+    if theirs is not None and theirs.get("job") != name:
         return False
     ended = slurm.last_state(name)
-    if ended is None and not since and slurm.states([name]) == {}:
-        # Of a task cancelled in the queue nothing is kept where there is no accounting.
-        ended = None if _log(paths, name).exists() else "CANCELLED"
+    if ended is None and slurm.states([name]) == {}:
+        # Slurm has forgotten it. One that left the queue without a start was cancelled there.
+        known = 0 if theirs is None else theirs["restart"] + 1
+        waited = theirs is None or bool(last is not None and last.get("requeued"))
+        ended = "CANCELLED" if waited and _starts(paths, name) <= known else None
     if not (ended or "").startswith("CANCELLED"):
         return False
     replace(state, status=Status.cancelled).save(paths)
     return True
 
 
-def _log(paths: RunPaths, name: str) -> Path:
-    """What a job's batch script says, by submitit's name for it; made when the job starts."""
+def _starts(paths: RunPaths, name: str) -> int:
+    """How often the batch script of a run's job began."""
     submitted = read_json(paths.metadata)["submitted"]
     output = OutputRoot(paths.root.parents[3])
-    return output.submissions / str(submitted["folder"]) / f"{name}_0_log.out"
+    file = output.submissions / str(submitted["folder"]) / f"{name}.starts"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
+def trained_by_others(paths: RunPaths) -> bool:
+    """Whether the run is a teacher that submitted students train when they need it."""
+    submitted = read_json(paths.metadata).get("submitted")
+    return submitted is not None and submitted["index"] is None
+
+
+def _note_teacher(plan: Plan, submitted: dict[str, Any]) -> None:
+    """A teacher that these runs train belongs to their launcher too."""
+    if plan.config.teacher.kind is not TeacherKind.run:
+        return
+    paths = RunPaths(Path(str(plan.config.teacher.run)))
+    if is_complete(paths):
+        return
+    # Whoever trains it already keeps its own notes.
+    with suppress(RunInUse), owned(paths):
+        metadata = read_json(paths.metadata)
+        if "submitted" not in metadata:
+            write_json(paths.metadata, {**metadata, "submitted": {**submitted, "index": None}})
+
+
+def _goal(plan: Plan) -> str:
+    """What an extended run is to be told beside its directory."""
+    if not plan.extends:
+        return ""
+    sealed = load_sealed(plan.paths.root)
+    pairs = [(key, getattr(plan.config, key)) for key in EXTENDING]
+    return " ".join(f"{key}={value}" for key, value in pairs if getattr(sealed, key) != value)
 
 
 def _folder(output: OutputRoot) -> Path:
@@ -255,6 +327,15 @@ def _remove(paths: RunPaths) -> None:
     if paths.metadata.is_file():
         unregister(OutputRoot(paths.root.parents[3]), read_json(paths.metadata)["run_id"])
     shutil.rmtree(paths.root, ignore_errors=True)
+    with suppress(OSError):
+        for folder in paths.root.parents[:3]:
+            folder.rmdir()
+
+
+def forget_teachers(plans: Sequence[Plan]) -> None:
+    """Take back what was sealed for runs that are refused."""
+    for folder in {plan.new_teacher for plan in plans if plan.new_teacher is not None}:
+        _remove(RunPaths(folder))
 
 
 # To Slurm
@@ -272,7 +353,7 @@ def to_slurm(
 
         @property
         def _submitit_command_str(self) -> str:
-            return f'{shlex.quote(sys.executable)} -m forgelm resume --local "$run"'
+            return f'{shlex.quote(sys.executable)} -m forgelm resume --local "$run" $goal'
 
     launch = plans[0].config.launch
     given = {k: v for k, v in launcher.items() if k not in _NOT_SBATCH and v is not None}
@@ -315,6 +396,8 @@ def _before(folder: Path, code: Path, lead: int, own: Sequence[str]) -> list[str
         f'run=$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {place}/{RUNS})',
         "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         "job=${job:-$SLURM_JOB_ID}",
+        f'goal=$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {place}/{GOALS})',
+        f'echo "$(date) ${{SLURM_JOB_NODELIST}}" >> {place}/$job.starts',
         "# Where processes can't reach scontrol, but this script can, they ask it by this file.",
         f'handover={place}/$job.requeue; rm -f "$handover"',
         'if scontrol show job "$SLURM_JOB_ID" > /dev/null 2>&1; then',
@@ -368,6 +451,8 @@ def to_this_machine(
     """A process in the background that works through the runs."""
     from forgelm.cluster import local
 
+    lines = [*(launcher.get("setup") or ()), 'exec "$@"']
+    write_text(folder / local.SCRIPT, "\n".join(lines) + "\n")
     path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
     parallel = int(launcher["array_parallelism"])
     with (folder / "local.log").open("wb") as output:
@@ -382,20 +467,47 @@ def to_this_machine(
     return f"process {process.pid}", [str(process.pid)] * len(plans)
 
 
-def already(runs: Sequence[RunPaths]) -> dict[RunPaths, str]:
-    """Why some of the runs needn't be submitted: they are complete, or in the queue."""
-    found = {
-        paths: f"{paths.root} is complete; its results are in eval.json"
-        for paths in runs
-        if is_complete(paths)
+def already(plans: Sequence[Plan]) -> tuple[dict[RunPaths, str], dict[RunPaths, str]]:
+    """Runs that needn't be submitted: complete ones, with what to say, and those in the queue, with
+    their jobs.
+
+    Raises:
+        ConfigError: a run that is to be extended is in the queue.
+        RunError: Slurm doesn't say what is in its queue.
+    """
+    complete = {
+        plan.paths: f"{plan.paths.root} is complete; its results are in eval.json"
+        for plan in plans
+        if is_complete(plan.paths) and not plan.extends
     }
-    names = {paths: name for paths in runs if paths not in found and (name := job_of(paths))}
-    queue = slurm.states([*names.values()]) or {}
-    return found | {
+    names = {p.paths: name for p in plans if p.paths not in complete and (name := job_of(p.paths))}
+    queue = _settled([*names.values()])
+    queued = {paths: name for paths, name in names.items() if name in queue}
+    for plan in plans:
+        if plan.extends and plan.paths in queued:
+            name = queued[plan.paths]
+            raise ConfigError(
+                f"{plan.paths.root} is Slurm job {name} ({queue[name].lower()}): scancel {name} "
+                "first, or wait for it; then extend the run"
+            )
+    said = {
         paths: f"{paths.root} is Slurm job {name} ({queue[name].lower()}) already"
-        for paths, name in names.items()
-        if name in queue
+        for paths, name in queued.items()
     }
+    return complete | said, queued
+
+
+def _settled(names: Sequence[str]) -> dict[str, str]:
+    """The queue, once no job of `names` is just ending: it may come back to it, or be gone."""
+    deadline = time.monotonic() + _ENDING_S
+    while True:
+        queue = slurm.states(names)
+        if queue is None and shutil.which("squeue") is not None:
+            raise RunError("squeue doesn't say whether these runs are in the queue: try again")
+        ending = [name for name, state in (queue or {}).items() if state == "COMPLETING"]
+        if not ending or time.monotonic() > deadline:
+            return queue or {}
+        time.sleep(1)
 
 
 def how_to_follow(made: Submission) -> str:

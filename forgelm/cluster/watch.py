@@ -32,6 +32,7 @@ def wait(made: Submission) -> int:
 
     A stop that is asked for ends the waiting alone: the runs go on.
     """
+    stop.silently()
     said: dict[RunPaths, str] = {}
     missing: Counter[RunPaths] = Counter()
     with stop.listening():
@@ -52,6 +53,8 @@ def wait(made: Submission) -> int:
                 if state.status in _OVER:
                     missing[paths] = _PATIENCE
             if all(missing[paths] >= _PATIENCE for paths in made.runs):
+                if any(state.status is Status.submitted for state in states):
+                    say(f"a job ended before its run began; what it said is in {made.folder}")
                 return worst(_CODES.get(state.status, EXIT_TRAINING_ERROR) for state in states)
             if sys.stdout.isatty():
                 say(_summary(states), live=True)

@@ -251,11 +251,15 @@ def start_session(run: Run) -> None:
         _check_gain(run, job)
 
 
-def end_session(run: Run, status: Status, reason: str) -> None:
-    """Note why the process leaves the run, and the status it leaves it in."""
+def end_session(run: Run, status: Status, reason: str, requeued: bool = False) -> None:
+    """Note why the process leaves the run, and the status it leaves it in.
+
+    `requeued`: its Slurm job is in the queue again.
+    """
     sessions = run.metadata["sessions"]
     if sessions:
         sessions[-1] |= {"stopped": now(), "reason": reason, "to_step": run.state.step}
+        sessions[-1]["requeued"] = requeued
         if stop.requested() is not None:
             sessions[-1]["seconds_to_stop"] = round(stop.since(), 2)
     run.note(sessions=sessions)
