@@ -42,7 +42,7 @@ def _start(folder: Path, index: int, run: str, goal: str) -> subprocess.Popen[by
     command = (sys.executable, "-m", "forgelm")
     with (folder / f"{index}.log").open("ab") as output:
         return subprocess.Popen(
-            ["bash", folder / SCRIPT, *command, "resume", "--local", run, *goal.split()],
+            ["/bin/bash", folder / SCRIPT, *command, "resume", "--local", run, *goal.split()],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -593,3 +593,140 @@ def test_what_runs_in_the_background_is_ended_as_a_whole(desk: Desk) -> None:
     os.kill(process, signal.SIGTERM)
     wait_until(lambda: not started(process))
     assert [status_of(run) for run in runs] == ["preempted", "submitted"]
+
+
+# What is resumed where, and when
+
+
+def test_a_teacher_that_is_to_be_made_stays_with_its_students(desk: Desk) -> None:
+    (job,) = [job_in(desk.submit("mode=kd"))]
+    teacher, student = sorted(desk.folder.glob("outputs/nli_mini/*/*/*"), reverse=True)
+    assert "tiny_teacher" in str(teacher)
+    desk.cluster.cancel(job)
+    wait_until(lambda: desk.queue() == [])
+    # As when a job has begun to train it: it is registered then.
+    entry = OutputRoot(desk.folder / "outputs").register / "mine.json"
+    run_id = read_json(RunPaths(teacher).metadata)["run_id"]
+    place = str(teacher.relative_to(desk.folder / "outputs"))
+    entry.write_text(json.dumps({"run_id": run_id, "directory": place}))
+    said = desk.forgelm("resume", "--incomplete")
+    assert f"left alone: {teacher.relative_to(desk.folder)} is a teacher" in said.out
+    again = desk.forgelm("resume", str(teacher), HELD)
+    assert desk.queue() == [job_in(again)]
+    assert not RunPaths(teacher).log.exists()
+    assert not RunPaths(student).log.exists()
+
+
+def test_a_refused_run_leaves_no_teacher(desk: Desk) -> None:
+    said = desk.submit("mode=kd", "hydra.launcher.partition=wrong")
+    assert said.code == 1, said.err
+    desk.assert_nothing_there()
+    assert list(desk.folder.glob("outputs/nli_mini*")) == []
+
+
+@pytest.mark.parametrize("words", [["train", "resume=mine"], ["resume", "mine"]])
+def test_every_way_of_resuming_takes_the_recorded_launcher(desk: Desk, words: list[str]) -> None:
+    first = job_in(desk.submit("run_name=mine"))
+    assert f"is Slurm job {first} (pending) already" in desk.forgelm(*words).out
+    desk.cluster.cancel(first)
+    wait_until(lambda: desk.queue() == [])
+    second = job_in(desk.forgelm(*words))
+    assert first != second
+    (run,) = desk.runs()
+    assert status_of(run) in ("submitted", "running")
+
+
+def test_a_run_in_the_queue_is_not_extended(desk: Desk) -> None:
+    job = job_in(desk.submit("run_name=mine"))
+    said = desk.forgelm("resume", "mine", "max_steps=9")
+    assert said.code == 1
+    assert f"is Slurm job {job} (pending): scancel {job} first" in said.err
+    assert desk.queue() == [job]
+
+
+def test_an_extended_run_is_told_its_goal(desk: Desk) -> None:
+    done = desk.forgelm(*SMALL, "run_name=mine")
+    assert done.code == 0, done.err
+    job = job_in(desk.forgelm("resume", "mine", "max_steps=5", "hydra/launcher=slurm", HELD))
+    (folder,) = desk.submissions()
+    assert (folder / "goals.txt").read_text() == "max_steps=5\n"
+    assert desk.queue() == [job]
+    desk.cluster.cancel(job)
+    said = desk.forgelm("resume", "mine", "max_steps=5", "hydra/launcher=local")
+    assert said.code == 0, said.err
+    (run,) = desk.runs()
+    wait_until(lambda: status_of(run) == "complete" and read_json(run.state)["step"] == 5)
+
+
+def test_busy_runs_keep_no_other_from_going_on(desk: Desk) -> None:
+    job = job_in(desk.submit("-m", "seed=1,2"))
+    desk.cluster.cancel(job)
+    wait_until(lambda: desk.queue() == [])
+    for run in desk.runs():
+        run.state.write_text(run.state.read_text().replace("submitted", "failed"))
+    busy, free = desk.runs()
+    with owned(busy):
+        said = desk.forgelm("resume", "--incomplete", HELD)
+    assert said.code == 0, said.err
+    assert f"left alone: {busy.root}: process" in said.out
+    assert str(free.root) in said.out.partition("submitted 1 run")[2]
+
+
+def test_where_the_queue_cannot_be_asked_nothing_is_submitted_twice(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_in(desk.submit())
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "squeue").write_text("#!/bin/sh\necho 'Socket timed out on send/recv' >&2\nexit 1\n")
+    (folder / "squeue").chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        said = desk.submit()
+    assert (said.code, said.out) == (2, "")
+    assert "squeue doesn't say whether these runs are in the queue: try again" in said.err
+    assert desk.queue() == [job]
+
+
+def test_a_job_that_slurm_has_forgotten(desk: Desk) -> None:
+    """Cancelled in the queue or ended by itself: what tells is whether it began."""
+    desk.submit("-m", "seed=1,2")
+    waiting, began = desk.runs()
+    (folder,) = desk.submissions()
+    facts = read_json(folder / "submission.json")
+    # Numbers that this Slurm never gave.
+    facts["names"] = ["990001", "990002"]
+    (folder / "submission.json").write_text(json.dumps(facts))
+    (folder / "990002.starts").write_text("a start\n")
+    said = desk.forgelm("resume", "--incomplete", HELD)
+    assert f"left alone: {waiting.root.relative_to(desk.folder)} was cancelled" in said.out
+    assert str(began.root) in said.out.partition("submitted 1 run")[2]
+    assert status_of(waiting) == "cancelled"
+
+
+def test_an_output_root_with_spaces(desk: Desk) -> None:
+    desk.submit("output_root='a place'", "run_name=mine")
+    said = desk.forgelm("resume", "--incomplete", "output_root='a place'")
+    assert "is Slurm job" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "hydra.launcher.timeout_min=2",
+            "hydra.launcher.timeout_min=2: Slurm's signal comes hydra.launcher.signal_delay_s=120",
+        ),
+        (
+            "+hydra.launcher.additional_parameters.array=0-3",
+            "hydra.launcher.additional_parameters.array: arrays are made of a sweep's runs",
+        ),
+        ("output_root=a%j", "Slurm reads % and \\ in a path"),
+        ("-m output_root=oa,ob", "output_root can't differ within one submission"),
+    ],
+)
+def test_what_could_not_work_is_refused(desk: Desk, words: str, said: str) -> None:
+    refused = desk.forgelm(*SMALL, "hydra/launcher=slurm", *words.split())
+    assert (refused.code, refused.out) == (1, "")
+    assert said in refused.err
+    desk.assert_nothing_there()
