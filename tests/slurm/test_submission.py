@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -563,8 +564,12 @@ def test_runs_in_the_background(
     """One after the other, with what a run started here ends with; one of them fails."""
     own = "training.max_grad_norm=0"
     rates = "training.learning_rate=1e30,1e-3"
+    programs, bash = tmp_path / "programs", shutil.which("bash")
+    assert bash is not None
+    programs.mkdir()
+    (programs / "bash").symlink_to(bash)
     with monkeypatch.context() as patch:
-        patch.setenv("PATH", str(tmp_path / "no-programs"))
+        patch.setenv("PATH", str(programs))
         said = desk.forgelm(*SMALL, own, "-m", rates, "hydra/launcher=local", "launch.wait=true")
     failing, fine = desk.runs()
     assert (status_of(failing), status_of(fine)) == ("failed", "complete"), said.out
