@@ -59,14 +59,23 @@ def sealed_plan(folder: Path) -> Plan:
     return Plan(config, paths, metadata["config_hash"], metadata["overrides"])
 
 
-def _gone_on_with(config: RunConfig, overrides: Sequence[str]) -> Plan:
-    typed = [text.partition("=")[0].lstrip("+") for text in overrides]
-    barred = [key for key in typed if key not in _WITH_RESUME]
+def check_resumed(run: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for what can't be said of a run that is sealed."""
+    barred = [key for key in map(_key, overrides) if key not in _WITH_RESUME]
     if barred:
         raise ConfigError(
-            f"{', '.join(barred)}: {config.resume} goes on with the config it was sealed with; "
+            f"{', '.join(barred)}: {run} goes on with the config it was sealed with; "
             f"only {' and '.join(EXTENDING)} may be given, to extend it"
         )
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
+def _gone_on_with(config: RunConfig, overrides: Sequence[str]) -> Plan:
+    check_resumed(str(config.resume), overrides)
+    typed = [*map(_key, overrides)]
     plan = sealed_plan(find_run(str(config.resume), Path(config.output_root)).root)
     changes = {key: getattr(config, key) for key in EXTENDING if key in typed}
     extended = replace(plan.config, **changes, debug=config.debug)

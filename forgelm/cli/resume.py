@@ -105,17 +105,18 @@ def _one(
     submitted: list[tuple[Plan, dict[str, Any]]],
 ) -> int:
     """Go on with a run here, or add it to those to be `submitted`; returns the exit code."""
+    from forgelm.resolve import check_resumed, resolve
     from forgelm.start import start
 
     try:
         # Not through Hydra: a folder's name may be anything.
         config = replace(asked.config, resume=run)
-        launcher = None if local else asked.launcher_for(run)
         own = [word for word in overrides if not word.lstrip("+").startswith("hydra")]
+        check_resumed(run, own)
+        launcher = None if local else asked.launcher_for(run)
         if launcher is None:
             return start(config, own, in_sweep=False, teacher_run=None)
         from forgelm.cluster.submit import for_run
-        from forgelm.resolve import resolve
         from forgelm.run.lock import owned
 
         plan = resolve(config, own, in_sweep=False, teacher_run=None)
