@@ -101,13 +101,13 @@ def submit(plans: Sequence[Plan], launcher: dict[str, Any]) -> Submission:
         with ThreadPoolExecutor(_WRITERS) as pool:
             submitted = [{**sealed, "index": index} for index in range(len(plans))]
             deque(pool.map(_enrol, plans, submitted, itertools.repeat(undo)), maxlen=0)
-        for plan in plans:
-            _note_teacher(plan, sealed)
         write_text(folder / RUNS, "".join(f"{plan.paths.root}\n" for plan in plans))
         write_text(folder / GOALS, "".join(f"{_goal(plan)}\n" for plan in plans))
         send = to_slurm if launcher["_target_"] == TO_SLURM else to_this_machine
         job, names = send(folder, code, launcher, plans)
         undo.pop_all()
+    for plan in {plan.config.teacher.run: plan for plan in plans}.values():
+        _note_teacher(plan, sealed)
     runs = [plan.paths for plan in plans]
     places = [str(paths.root) for paths in runs]
     write_json(folder / SUBMISSION, {"job": job, "names": names, "runs": places})
