@@ -86,7 +86,7 @@ class Lab:
         self.jobs[name] = job
         return job
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 480) -> None:
         """With longer pauses than the cluster's own: many wait side by side, on few processors."""
         end = time.monotonic() + seconds
         while not condition():
@@ -100,7 +100,11 @@ class Lab:
         """Wait until all processes of some jobs have stopped themselves."""
 
         def all_are() -> bool:
-            found = [(job, state) for job, count, state in processes() if count == restart]
+            found = [
+                (job, state)
+                for job, count, state in processes(self.cluster.env["SLURM_CONF"])
+                if count == restart
+            ]
             there = {job for job, _ in found}
             return there >= {*jobs} and all(state == "T" for job, state in found if job in jobs)
 
@@ -133,8 +137,8 @@ def state_of(paths: RunPaths) -> dict[str, Any]:
     return dict(read_json(paths.state))
 
 
-def processes() -> Iterator[tuple[str, int, str]]:
-    """Job, restart and state of each process that trains."""
+def processes(conf: str) -> Iterator[tuple[str, int, str]]:
+    """Job, restart and state of each process that trains in the cluster of a slurm.conf."""
     for entry in Path("/proc").iterdir():
         try:
             if b"python" not in (entry / "cmdline").read_bytes().partition(b"\0")[0]:
@@ -144,7 +148,7 @@ def processes() -> Iterator[tuple[str, int, str]]:
         except OSError:
             continue
         values = dict(item.partition("=")[::2] for item in text.split("\0"))
-        if "SLURM_STEP_ID" in values:
+        if "SLURM_STEP_ID" in values and values.get("SLURM_CONF") == conf:
             array = values.get("SLURM_ARRAY_JOB_ID")
             task = f"{array}_{values.get('SLURM_ARRAY_TASK_ID')}"
             job = task if array else values["SLURM_JOB_ID"]
@@ -249,7 +253,7 @@ def array(lab: Lab) -> list[RunPaths]:
     lab.submit("lingering", low, node="node1", **place)
     lab.asleep(tasks[0], tasks[3], lab.jobs["lingering"])
     lab.cluster.preempt(tasks[0])
-    lab.cluster.wait_for_restart(tasks[3], seconds=120)
+    lab.cluster.wait_for_restart(tasks[3], seconds=300)
     lab.by_term.set()
     return [lab.ended(folder.name) for folder in lab.folder.glob("outputs/*/*/*/array-*")]
 
@@ -263,7 +267,7 @@ def lingering(lab: Lab) -> RunPaths:
 def signalled(lab: Lab) -> RunPaths:
     """Preempted by the job's own signal: see the cluster's configuration."""
     # It is for all jobs, and those of the array are to get SIGTERM.
-    assert lab.by_term.wait(240)
+    assert lab.by_term.wait(480)
     lab.submit("signalled", "hydra.launcher.partition=low", node="node1")
     job = lab.stopped("signalled")
     lab.cluster.configure("--user-signal")
