@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LORA := model.lora.enabled=true model.lora.lora_dropout=0.1
 
-.PHONY: run test slurm drill lint format bench clean
+.PHONY: run test slurm drill drills lint format bench clean
 
 # The main job: the embedded teacher, then the student by SFT and by KD, compared.
 run: $(READY)
@@ -18,10 +18,13 @@ test: $(READY) slurm
 slurm:
 	@$(PYTHON) scripts/slurm_cluster.py install || true
 
-# The proof of the promise, for each mode and kind of task, with adapters and augmentation.
+# The proof of the promise on the embedded task, by SFT and by KD.
 drill: $(READY)
 	$(BIN)/forgelm drill output_root=$(VENV)/drill
 	$(BIN)/forgelm drill mode=kd output_root=$(VENV)/drill
+
+# For each mode and kind of task, with adapters and augmentation: about an hour on two cores.
+drills: drill
 	$(BIN)/forgelm drill mode=kd $(LORA) output_root=$(VENV)/drill
 	$(BIN)/forgelm drill task=arithmetic task.packing=true output_root=$(VENV)/drill
 	$(BIN)/forgelm drill task=arithmetic mode=kd output_root=$(VENV)/drill
