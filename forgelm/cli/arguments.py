@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +39,45 @@ def parser(name: str, description: str) -> Parser:
     return made
 
 
+def cache_parser(name: str, description: str) -> Parser:
+    """A parser with the options of the commands that fill, carry and check caches."""
+    made = Parser(prog=f"forgelm {name}", description=description)
+    made.add_argument(
+        "--output-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: one document on stdout",
+    )
+    made.add_argument("-q", "--quiet", action="store_true", help="no INFO lines, no progress")
+    made.add_argument(
+        "--log-level",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        default="INFO",
+        help="what is said on stderr (default: INFO); DEBUG shows tracebacks",
+    )
+    return made
+
+
+def listen(arguments: argparse.Namespace) -> None:
+    """Say what --log-level and --quiet ask for, on stderr."""
+    from forgelm.log import log, set_up
+
+    level = logging.getLevelName(arguments.log_level)
+    set_up(level == logging.DEBUG, sys.stderr)
+    log.setLevel(max(level, logging.WARNING) if arguments.quiet else level)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A result of which some parts failed: its keys as on success, and what went wrong with them.
+
+    The worst problem comes first; its class and exit code count for the whole.
+    """
+
+    result: dict[str, Any]
+    problems: Sequence[Exception]
+
+
 def check_output(output: Path) -> None:
     """Refuse a file that can't be written before any work is done."""
     if output.is_dir():
@@ -48,28 +89,44 @@ def check_output(output: Path) -> None:
 def answer(
     arguments: Sequence[str],
     made: Parser,
-    work: Callable[[argparse.Namespace], dict[str, Any]],
+    work: Callable[[argparse.Namespace], dict[str, Any] | Failed],
     text: Callable[[dict[str, Any]], str],
 ) -> int:
     """Parse, work, and print the result as text or as one JSON document; returns the exit code.
 
     `work` returns the result's keys; `success`, and `error` with `error_class`, are added here.
+    What it returns as `Failed` is printed as on success, with the errors besides.
     """
     as_json = "json" in arguments and "--output-format" in arguments
     as_json = as_json or "--output-format=json" in arguments
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments or "DEBUG" in arguments or "--log-level=DEBUG" in arguments
     try:
-        result = {"success": True, **work(made.parse_args(list(arguments)))}
+        result = work(made.parse_args(list(arguments)))
     except ForgeError as error:
         return _fail(error, str(error).splitlines(), error.exit_code, as_json, debug)
     except Exception as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         return _fail(error, [line], EXIT_TRAINING_ERROR, as_json, debug)
+    if isinstance(result, Failed):
+        first, partial = result.problems[0], result.result
+        if not as_json and (shown := text(partial)):
+            print(shown)
+        code = first.exit_code if isinstance(first, ForgeError) else EXIT_TRAINING_ERROR
+        lines = [line for problem in result.problems for line in str(problem).splitlines()]
+        return _fail(first, lines, code, as_json, debug, partial)
+    result = {"success": True, **result}
     print(json.dumps(result, indent=2) if as_json else text(result))
     return EXIT_OK
 
 
-def _fail(error: Exception, lines: list[str], code: int, as_json: bool, debug: bool) -> int:
+def _fail(
+    error: Exception,
+    lines: list[str],
+    code: int,
+    as_json: bool,
+    debug: bool,
+    partial: dict[str, Any] | None = None,
+) -> int:
     lines = [redact(line) for line in lines]
     if debug:
         import traceback
@@ -77,7 +134,8 @@ def _fail(error: Exception, lines: list[str], code: int, as_json: bool, debug: b
         traceback.print_exception(error, file=sys.stderr)
     if as_json:
         name = type(error).__name__
-        print(json.dumps({"success": False, "error": "; ".join(lines), "error_class": name}))
+        said = {"success": False, "error": "; ".join(lines), "error_class": name}
+        print(json.dumps({**said, **(partial or {})}, indent=2 if partial else None))
     for line in lines:
         print(f"forgelm: {line}", file=sys.stderr)
     return code
