@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         # Before anything that takes time: a signal that comes first asks for a stop like any other.
         with stop.listening() if name in _STOPPABLE else nullcontext():
-            command: Callable[[Sequence[str]], int] = import_module(f"forgelm.cli.{name}").main
+            command: Callable[[Sequence[str]], int] = import_module(_module(name)).main
             return command(rest)
     except ForgeError as error:
         return complain(error)
@@ -85,6 +85,11 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     except Exception as error:
         return crash(error, debug="debug=true" in argv or "--debug" in argv)
+
+
+def _module(name: str) -> str:
+    """A command's module; `import` is a word of Python's own."""
+    return f"forgelm.cli.{'import_' if name == 'import' else name.replace('-', '_')}"
 
 
 def complain(error: ForgeError) -> int:
