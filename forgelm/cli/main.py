@@ -24,6 +24,7 @@ COMMANDS = {
     "drill": "prove that a config can be interrupted and ends with the same bytes",
     "evaluate": "evaluate a run's final model on its task's splits",
     "predict": "apply a run's final model to own rows, written as a file",
+    "cache-models": "bring models from the hub into its cache, every byte checked",
     "export": "make a run's final model whole (--merge), or put it on the hub (--push)",
 }
 
