@@ -155,7 +155,7 @@ class _Look:
             yield self._found(
                 Severity.error, f"commit {snapshot.short}: its folder is empty", commit
             )
-        wrong = []
+        wrong: dict[Path, str] = {}
         for name, path in snapshot.files.items():
             if name in dangling:
                 continue
