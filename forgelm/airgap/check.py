@@ -398,7 +398,11 @@ def _wrong(folder: Path, arrows: list[str], rows: dict[str, int]) -> Iterator[st
         yield from _of_state(folder, state, rows)
         return
     splits = info.get("splits")
-    for split, said in (splits if isinstance(splits, dict) else {}).items():
+    splits = splits if isinstance(splits, dict) else {}
+    if not all(isinstance(said, dict) for said in splits.values()):
+        yield "dataset_info.json is damaged"
+        return
+    for split, said in splits.items():
         files = _of_split(arrows, split)
         shards = len(said.get("shard_lengths") or [None])
         if len(files) != shards:

@@ -86,6 +86,7 @@ def rehearse(request: Request, offline: bool) -> Iterator[Part]:
             code = process.wait()
         finally:
             process.kill()
+            process.stdout.close()
             process.wait()
         said.seek(0)
         text = said.read()
