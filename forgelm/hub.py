@@ -77,6 +77,7 @@ def explained(thing: str) -> Iterator[None]:
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -87,6 +88,8 @@ def explained(thing: str) -> Iterator[None]:
         raise RunError(f"{thing}: access is gated{_page(error)}, {_as_whom()}") from error
     except RevisionNotFoundError as error:
         raise RunError(f"{thing}: the repository has no such revision") from error
+    except RemoteEntryNotFoundError as error:
+        raise RunError(f"{thing}: the hub has no such file at this commit") from error
     except RepositoryNotFoundError as error:
         raise RunError(
             f"{thing}: no such repository on the hub, or it is private; check the name, "

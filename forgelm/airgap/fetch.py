@@ -142,9 +142,11 @@ def fetch(
             plans = [one for one in found if isinstance(one, _Plan)]
             _check_space(plans, hub)
             work = [plan for plan in plans if plan.error is None]
-            for missed in [one for one in found if isinstance(one, Missed)]:
-                shown.say(str(missed.error))
-            shown.begin(len(work), sum(e.size for p in work for e in p.unsure().values()))
+            total = sum(entry.size for plan in work for entry in plan.unsure().values())
+            if total:
+                for missed in [one for one in found if isinstance(one, Missed)]:
+                    shown.say(str(missed.error))
+            shown.begin(len(work), total)
             for plan in work:
                 plan.open = len(plan.entries)
                 if not plan.entries:

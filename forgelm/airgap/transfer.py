@@ -105,7 +105,7 @@ class _Patience:
         self.renew()
 
     def renew(self) -> None:
-        self.waited, self.next, self.asked = 0.0, _FIRST_WAIT_S, 0
+        self.waited, self.next, self.asked = 0.0, min(_FIRST_WAIT_S, self.limit / 8), 0
 
     def spend(self, error: _Again) -> None:
         """Wait before the next try; raises the error's cause when patience is at its end."""

@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "apply a run's final model to own rows, written as a file",
     "cache-models": "bring models from the hub into its cache, every byte checked",
     "export": "make a run's final model whole (--merge), or put it on the hub (--push)",
+    "verify-audit": "check that an audit log is as it was written",
 }
 
 _STOPPABLE = ("train", "resume")
