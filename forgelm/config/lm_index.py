@@ -62,8 +62,8 @@ class Leaf:
     @property
     def key(self) -> str:
         """The same for leaves that are the same."""
-        entry = self.entry.name if self.entry else None
-        return f"{self.name} {entry} {sorted(self.config.items(), key=lambda item: item[0])}"
+        over = sorted((key, value) for key, value in self.config.items() if key != "task")
+        return f"{self.name} {self.entry.name if self.entry else None} {over}"
 
 
 @dataclass

@@ -169,5 +169,7 @@ def test_unknown_names_all_at_once(own: Path) -> None:
     assert far == "--tasks: nothing_like_it_xyz: lm-eval has no such task"
     broken, lacking = unknown(["outr", "a"], str(own))
     assert broken.startswith(f"{own}/broken.yaml: not a task of lm-eval: while parsing")
-    assert lacking.startswith(f"eval.lm_eval.tasks: outr: neither lm-eval nor {own} has such a task")
+    assert lacking.startswith(
+        f"eval.lm_eval.tasks: outr: neither lm-eval nor {own} has such a task"
+    )
     assert "; the folder has a, all, b, c, half, inner, outer; did you mean outer" in lacking
