@@ -15,15 +15,14 @@ from forgelm.airgap.caches import Caches
 from forgelm.airgap.child import Child, ChildDied
 from forgelm.airgap.fetch import Landed, Missed, Progress, Wanted, fetch
 from forgelm.errors import ConfigError, ForgeError, RunError
-from forgelm.hubcache import CachedRepo, datasets_cache, hash_of, stamp
+from forgelm.hubcache import CachedRepo, hash_of, stamp
 from forgelm.log import log
-from forgelm.run.files import read_json, write_json
+from forgelm.prepared import prepared as prepared
+from forgelm.prepared import seal
 
 CARD = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 """What says of which files a configuration is made."""
 
-_SEAL = ".forgelm.json"
-_INFO = "dataset_info.json"
 _HASHES = (40, 64)
 
 
@@ -117,51 +116,20 @@ def bring(
 
 
 def prove(found: Ready | Lacking, offline: Child) -> Ready | Lacking:
-    """Whether a data set loads without a network, in the process `offline`."""
+    """Whether a data set's commit loads without a network, in the process `offline`."""
     if isinstance(found, Lacking):
         return found
     try:
-        twice(offline, "load", commit=found.commit, **found.wanted.arguments)
+        twice(offline, "load", folder=str(found.folder), thing=str(found.wanted))
     except ForgeError as error:
         said = f"{found.wanted}: cached, and doesn't load offline: {error}"
         return Lacking(found.wanted, RunError(said))
     return found
 
 
-def prepared(
-    dataset: str, config: str | None, commit: str, cache: Path | None = None
-) -> Path | None:
-    """The folder of what `datasets` prepared of a commit; None where there is none.
-
-    Without `config` it is that of the only configuration, or of the one called `default`.
-    """
-    root = cache or datasets_cache()
-    owner, _, name = dataset.rpartition("/")
-    found: dict[str, Path] = {}
-    for folder in root.glob(f"*/*/*/{commit}"):
-        place, configuration = folder.relative_to(root).parts[:2]
-        theirs, _, its = place.rpartition("___")
-        # The library writes a repository's name in another case.
-        same = theirs == owner and its.replace("_", "").lower() == name.replace("_", "").lower()
-        if same and (folder / _INFO).is_file():
-            found[configuration] = folder
-    if config is not None:
-        return found.get(config)
-    return next(iter(found.values())) if len(found) == 1 else found.get("default")
-
-
-def is_intact(folder: Path) -> bool:
-    """Whether a prepared folder is as it was when it was made of verified files."""
-    try:
-        sealed = read_json(folder / _SEAL)["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sealed.items())
-    except (ForgeError, OSError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _seal(folder: Path) -> None:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != _SEAL]
-    write_json(folder / _SEAL, {"sizes": {path.name: path.stat().st_size for path in files}})
+class _Warnings(Progress):
+    def say(self, text: str) -> None:
+        log.warning(text)
 
 
 def _pinned(
@@ -170,7 +138,7 @@ def _pinned(
     """The commit of each, with the files that say what its configurations are."""
     cards = {one: Wanted("dataset", one.path, one.revision, CARD) for one in asked}
     wanted = list(dict.fromkeys(cards.values()))
-    outcomes = dict(zip(wanted, fetch(wanted, hub), strict=True)) if wanted else {}
+    outcomes = dict(zip(wanted, fetch(wanted, hub, _Warnings()), strict=True)) if wanted else {}
     commits = {}
     for one, card in cards.items():
         outcome = outcomes[card]
@@ -185,15 +153,17 @@ def _make(one: DataSet, files: Wanted, caches: Caches, online: Child) -> Ready:
     """Prepare a data set; with blobs in its repository that are wrong, once more without them."""
     for last in (False, True):
         made = twice(online, "prepare", commit=files.revision, **one.arguments)
-        folder = Path(made["folder"])
+        folders = [Path(folder) for folder in made]
         wrong = discard_wrong(CachedRepo(caches.hub, "dataset", one.path))
         if not wrong:
-            _seal(folder)
-            # Offline, `datasets` takes the folder that was changed last.
-            os.utime(folder)
-            return Ready(one, files.revision, folder)
+            for folder in folders:
+                seal(folder)
+                # Offline, `datasets` takes the folder that was changed last.
+                os.utime(folder)
+            return Ready(one, files.revision, folders[0])
         log.warning(f"{one}: {wrong[0]} in the cache isn't what its name says; made again")
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
         if not last and isinstance(missed := fetch([files], caches.hub)[0], Missed):
             raise missed.error
     raise RunError(f"{one}: what is downloaded isn't what the hub's hashes promise; try again")

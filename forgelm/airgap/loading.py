@@ -6,7 +6,9 @@ Not for other processes: `datasets`, `evaluate` and `lm_eval` keep the folders t
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from forgelm.airgap.data import is_intact
 from forgelm.config import lm_index
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
+from forgelm.prepared import is_intact, load_prepared
 
 _NOT_THE_BUILDERS = (
     *("split", "streaming", "num_proc", "keep_in_memory", "save_infos", "token"),
@@ -46,10 +48,10 @@ def plan(path: str, name: str | None, commit: str, options: Options) -> list[str
         return sorted({file.removeprefix(start) for file in found if file.startswith(start)})
 
 
-def prepare(path: str, name: str | None, commit: str, options: Options) -> dict[str, str]:
+def prepare(path: str, name: str | None, commit: str, options: Options) -> list[str]:
     """Make a configuration's Arrow files, unless those made of verified files are there.
 
-    Returns their folder and the configuration's name.
+    Returns their folder, and that under which `load_dataset` looks for them offline, if another.
 
     Raises:
         RunError: it can't be made.
@@ -58,22 +60,46 @@ def prepare(path: str, name: str | None, commit: str, options: Options) -> dict[
 
     with _blamed(f"data set {path}"):
         builder = _builder(path, name, commit, options)
-        made = is_intact(Path(builder.cache_dir))
-        mode = None if made else DownloadMode.REUSE_CACHE_IF_EXISTS
+        folder = Path(builder.cache_dir)
+        mode = None if is_intact(folder) else DownloadMode.REUSE_CACHE_IF_EXISTS
         builder.download_and_prepare(download_mode=mode)
-        return {"folder": str(builder.cache_dir), "config": str(builder.config.name)}
+        other = folder.parents[2] / _offline_name(name, options) / folder.parent.name / folder.name
+        if not _of_builder(options) or other == folder:
+            return [str(folder)]
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(folder, other, copy_function=_link)
+        return [str(folder), str(other)]
 
 
-def load(path: str, name: str | None, commit: str, options: Options) -> None:
-    """Load a data set as anybody would, and see that it is that commit's.
+def _offline_name(name: str | None, options: Options) -> str:
+    """The configuration's name with a hash of the options, which offline are as they were given.
+
+    Online it is of the files that they stand for (datasets 5.2, `Cache` and `DatasetBuilder`).
+    """
+    from datasets import BuilderConfig
+
+    given = _of_builder(options)
+    features = given.pop("features", None)
+    made = BuilderConfig(name or "default").create_config_id(given, custom_features=features)
+    return str(made)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def load(folder: str, thing: str) -> None:
+    """Load what was prepared of a commit.
 
     Raises:
-        RunError: it doesn't load, or comes of another commit.
+        RunError: it doesn't load.
     """
-    from datasets import load_dataset
-
-    with _blamed(f"data set {path}"):
-        _check_commit(path, load_dataset(path, name, **_of_builder(options)), commit)
+    with _blamed(thing):
+        for part in load_prepared(Path(folder)).values():
+            part[:1]
 
 
 def needs(files: list[list[str]], name: str, place: int, leaf: str) -> Options | None:
@@ -128,6 +154,7 @@ def build(
         for task in built["tasks"].values():
             if commit is not None:
                 _check_commit(str(config.get("dataset_path")), task.dataset, commit)
+            _check_metrics(task)
         loaded, notes = [], []
         for metric in _metrics(config) if metrics is None else metrics:
             try:
@@ -204,6 +231,15 @@ def _metrics(config: Options) -> list[str]:
     files = {inspect.getsourcefile(found) for found in _functions(config)}
     texts = [Path(file).read_text(encoding="utf-8") for file in files if file]
     return sorted({name for text in texts for name in _METRIC.findall(text)})
+
+
+def _check_metrics(task: Any) -> None:
+    """lm-eval goes on without a metric that can't be had, until it is to be computed."""
+    if getattr(task.config, "process_results", None) is None:
+        for metric, function in getattr(task, "_metric_fn_list", {}).items():
+            if function is None:
+                _metric(metric)
+                raise RunError(f"task {task.task_name}: lm-eval can't load the metric {metric}")
 
 
 def _functions(value: Any) -> Iterator[Callable[..., Any]]:

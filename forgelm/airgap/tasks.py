@@ -19,7 +19,6 @@ from forgelm.airgap.data import (
     bring,
     check_writable,
     discard_wrong,
-    is_intact,
     twice,
 )
 from forgelm.airgap.fetch import Progress
@@ -28,6 +27,7 @@ from forgelm.config.lm_tasks import unknown
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hubcache import cached_repos, hash_of
 from forgelm.log import log
+from forgelm.prepared import is_intact
 from forgelm.run.files import read_json
 
 _HASHES = (40, 64)

@@ -23,7 +23,7 @@ from child import FOREIGN, Child
 from conftest import Command, Result
 from hub_server import HubServer, Request, Response
 
-from forgelm.airgap.data import prepared
+from forgelm.prepared import load_prepared, prepared
 
 DATA, OTHER = "org/sums", "org/Other_Sums"
 CONFIGS = ("easy", "hard")
@@ -67,6 +67,15 @@ TASKS = {
     "sums_scored": (
         "include: common\ntask: sums_scored\ndataset_name: easy\noutput_type: generate_until\n"
         "metric_list: [{metric: same_text, hf_evaluate: true, aggregation: mean, "
+        "higher_is_better: true}]\n"
+    ),
+    "sums_files": (
+        "include: common\ntask: sums_files\n"
+        "dataset_kwargs: {data_files: {train: hard/train.parquet, test: easy/test.parquet}}\n"
+    ),
+    "sums_unscored": (
+        "include: common\ntask: sums_unscored\ndataset_name: easy\noutput_type: generate_until\n"
+        "metric_list: [{metric: no_such, hf_evaluate: true, aggregation: mean, "
         "higher_is_better: true}]\n"
     ),
     "sums_die": "include: common\ntask: sums_die\ncustom_dataset: !function bad.die\n",
@@ -181,7 +190,7 @@ def cached(
 ) -> Iterator[Callable[..., Result]]:
     """Call `forgelm cache-tasks --include-path FOLDER`; the caches are the same for all."""
     home = tmp_path_factory.mktemp("home")
-    child = Child(home, home, hub.url, FORGELM_OPERATOR="tester")
+    child = Child(home, home, hub.url, FORGELM_OPERATOR="tester", FORGELM_HUB_PATIENCE="1")
 
     def call(*words: str) -> Result:
         return child("cache-tasks", "--include-path", str(folder), *words)
@@ -222,15 +231,16 @@ def test_into_a_folder_that_is_carried_elsewhere(
     """Tasks, a group, a tag and one with a metric module; what is shared is fetched once."""
     out = tmp_path / "out"
     hub.clear_requests()
-    names = "sums_scored, sums,sums_tag,sums_other,,sums"
+    names = "sums_scored, sums,sums_tag,sums_other,,sums_files,sums"
     done = cached("--tasks", names, "--output", str(out), "--audit-dir", str(tmp_path / "audit"))
     assert done.code == 0, done.err
     assert done.out.splitlines() == [
-        f"Cached 4 of 4 task(s) under {out}.",
+        f"Cached 5 of 5 task(s) under {out}.",
         "  - sums_scored: ok",
         "  - sums: ok",
         "  - sums_tag: ok",
         "  - sums_other: ok",
+        "  - sums_files: ok",
     ]
     said = done.err.splitlines()
     assert said[0].startswith(f"warning: --output {out} isn't the cache that training and")
@@ -244,17 +254,21 @@ def test_into_a_folder_that_is_carried_elsewhere(
     asked, completed = events(tmp_path / "audit")
     assert asked["event"] == "cache.populate_tasks_requested"
     assert completed["event"] == "cache.populate_tasks_completed"
-    wanted = {"tasks": ["sums_scored", "sums", "sums_tag", "sums_other"], "cache_dir": str(out)}
+    names = ["sums_scored", "sums", "sums_tag", "sums_other", "sums_files"]
+    wanted = {"tasks": names, "cache_dir": str(out)}
     assert {key: asked[key] for key in wanted} == wanted
-    assert {key: completed[key] for key in (*wanted, "count")} == {**wanted, "count": 4}
+    assert {key: completed[key] for key in (*wanted, "count")} == {**wanted, "count": 5}
     place = tmp_path / "place"
     shutil.move(out, place)
-    loaded = elsewhere(place, folder, tmp_path / "home", "sums_scored", "sums", "sums_other")
+    loaded = elsewhere(
+        place, folder, tmp_path / "home", *(name for name in names if name != "sums_tag")
+    )
     assert loaded == [
         "sums_scored 8 same_text",
         "sums_easy 8 byte_perplexity",
         "sums_hard 8 byte_perplexity",
         "sums_other 4 byte_perplexity",
+        "sums_files 8 byte_perplexity",
     ]
 
 
@@ -267,7 +281,7 @@ def test_a_leaf_that_fails_stops_nothing(
 ) -> None:
     """Each row says what is wrong with it; a process that dies and a lacking package too."""
     audit = tmp_path / "audit"
-    names = "half,sums_die,sums_package,sums_easy,sums_local"
+    names = "half,sums_die,sums_package,sums_unscored,sums_easy,sums_local"
     words = ("--tasks", names, "--audit-dir", str(audit), "--output-format", "json", "-q")
     done = cached(*words)
     assert done.code == 2
@@ -285,6 +299,8 @@ def test_a_leaf_that_fails_stops_nothing(
     assert rows["sums_package"]["error"] == (
         "task sums_package needs a package that isn't installed: No module named 'no_such_package'"
     )
+    assert rows["sums_unscored"]["error"].startswith("task sums_unscored: FileNotFoundError: ")
+    assert "'no_such' doesn't exist on the Hugging Face Hub" in rows["sums_unscored"]["error"]
     failed = events(audit)[-1]
     assert failed["event"] == "cache.populate_tasks_failed"
     assert failed["tasks_completed"] == ["sums_easy", "sums_local"]
@@ -314,8 +330,10 @@ def test_a_newer_commit_a_wrong_byte_and_a_dead_hub(
     assert hub.flip == set()
     blobs = out / "hub" / "datasets--org--sums" / "blobs"
     assert hashlib.sha256((blobs / changed).read_bytes()).hexdigest() == changed
-    folders = [prepared(DATA, None, commit, out) for commit in (old, new)]
-    assert all(folders)
+    folders = [prepared(DATA, "easy", commit, out) for commit in (old, new)]
+    counts = [len(load_prepared(folder)["test"]) for folder in folders if folder]
+    assert counts == [8, 5]
+    assert folders[1] is not None
     # Arrow files made of what is wrong are made again.
     arrow = next(folders[1].glob("*test.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:100])
