@@ -153,7 +153,7 @@ def build(
         built = TaskManager(include_defaults=False).load([deepcopy(config)])
         for task in built["tasks"].values():
             if commit is not None:
-                _check_commit(str(config.get("dataset_path")), task.dataset, commit)
+                _check_commit(str(task.DATASET_PATH), task.dataset, commit)
             _check_metrics(task)
         loaded, notes = [], []
         for metric in _metrics(config) if metrics is None else metrics:

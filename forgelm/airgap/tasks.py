@@ -147,22 +147,28 @@ def _fetch(
 
 def _build(leaf: _Leaf, files: list[list[str]], caches: Caches, online: Child) -> None:
     """Build a task online, for what it needs besides its data; again if wrong bytes came."""
-    wrong: list[str] = []
-    for _ in range(2):
-        begun = time.time()
-        made = twice(online, "build", files=files, commit=leaf.commit, metrics=None, **_named(leaf))
-        leaf.metrics = made["metrics"]
+    for last in (False, True):
+        begun, failed = time.time(), None
+        try:
+            made = twice(
+                online, "build", files=files, commit=leaf.commit, metrics=None, **_named(leaf)
+            )
+        except ForgeError as error:
+            failed = error
         wrong = _discard_wrong(caches, begun)
-        if not wrong:
-            for note in made["notes"]:
-                log.warning(note)
-            return
-        log.warning(f"task {leaf.leaf}: wrong bytes came for {wrong[0]}; fetched again")
-        # It has imported them.
-        online.end()
-    raise RunError(
-        f"task {leaf.leaf}: the bytes of {wrong[0]} aren't what the hub's hashes promise; try again"
-    )
+        if wrong and last:
+            raise RunError(f"task {leaf.leaf}: wrong bytes came for {wrong[0]}; try again")
+        if wrong:
+            log.warning(f"task {leaf.leaf}: wrong bytes came for {wrong[0]}; fetched again")
+            # It may have imported them.
+            online.end()
+            continue
+        if failed is not None:
+            raise failed
+        leaf.metrics = made["metrics"]
+        for note in made["notes"]:
+            log.warning(note)
+        return
 
 
 def _prove(leaf: _Leaf, files: list[list[str]], offline: Child) -> None:

@@ -231,6 +231,8 @@ def test_into_a_folder_that_is_carried_elsewhere(
     """Tasks, a group, a tag and one with a metric module; what is shared is fetched once."""
     out = tmp_path / "out"
     hub.clear_requests()
+    script = "/spaces/evaluate-metric/same_text/resolve/main/same_text.py"
+    hub.flip = {script}
     names = "sums_scored, sums,sums_tag,sums_other,,sums_files,sums"
     done = cached("--tasks", names, "--output", str(out), "--audit-dir", str(tmp_path / "audit"))
     assert done.code == 0, done.err
@@ -244,6 +246,8 @@ def test_into_a_folder_that_is_carried_elsewhere(
     ]
     said = done.err.splitlines()
     assert said[0].startswith(f"warning: --output {out} isn't the cache that training and")
+    wrong = f"warning: task sums_scored: wrong bytes came for {hub.url}{script}; fetched again"
+    assert said.count(wrong) == 1
     assert sum(line.startswith("sums_easy: fetched") for line in said) == 1
     assert (
         f"export HF_DATASETS_CACHE={out} HF_HUB_CACHE={out}/hub HF_MODULES_CACHE={out}/modules "
@@ -338,8 +342,10 @@ def test_a_newer_commit_a_wrong_byte_and_a_dead_hub(
     arrow = next(folders[1].glob("*test.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:100])
     (blobs / changed).write_bytes(b"x" * (blobs / changed).stat().st_size)
+    (blobs / ("0" * 40)).write_bytes(b"left by somebody")
     assert cached(*words, "sums_easy").code == 0
     assert hashlib.sha256((blobs / changed).read_bytes()).hexdigest() == changed
+    assert not (blobs / ("0" * 40)).exists()
     assert arrow.stat().st_size > 100
     hub.down = True
     done = cached(*words, "sums_easy")
