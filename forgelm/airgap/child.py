@@ -145,7 +145,7 @@ def main() -> NoReturn:
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     while True:
-        answers.write(json.dumps(_answer(requests.get())) + "\n")
+        answers.write(_answer(requests.get()) + "\n")
         answers.flush()
 
 
@@ -156,20 +156,21 @@ def _listen(requests: queue.Queue[str]) -> None:
     os._exit(0)
 
 
-def _answer(line: str) -> dict[str, Any]:
+def _answer(line: str) -> str:
     from forgelm.airgap import loading
 
     request = json.loads(line)
     try:
-        return {"value": getattr(loading, request["work"])(**request["arguments"])}
+        value = getattr(loading, request["work"])(**request["arguments"])
+        return json.dumps({"value": value})
     except ForgeError as error:
-        return {"error": str(error), "wrong_request": isinstance(error, ConfigError)}
+        return json.dumps({"error": str(error), "wrong_request": isinstance(error, ConfigError)})
     except Exception as error:
         import traceback
 
         traceback.print_exc()
         text = " ".join(str(error).split())[:_SAID]
-        return {"error": f"{type(error).__name__}: {text}", "wrong_request": False}
+        return json.dumps({"error": f"{type(error).__name__}: {text}", "wrong_request": False})
 
 
 def _cut_off() -> None:

@@ -210,7 +210,8 @@ def check_writable(caches: Caches) -> None:
     Raises:
         ConfigError: one can't be made or written to.
     """
-    for folder in (caches.datasets, caches.hub, caches.modules, caches.evaluate):
+    folders = (caches.datasets, caches.hub, caches.modules, caches.evaluate, caches.nltk)
+    for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):

@@ -62,7 +62,8 @@ def prepare(path: str, name: str | None, commit: str, options: Options) -> list[
         builder = _builder(path, name, commit, options)
         folder = Path(builder.cache_dir)
         mode = None if is_intact(folder) else DownloadMode.REUSE_CACHE_IF_EXISTS
-        builder.download_and_prepare(download_mode=mode)
+        checks = options.get("verification_mode")
+        builder.download_and_prepare(download_mode=mode, verification_mode=checks)
         other = folder.parents[2] / _offline_name(name, options) / folder.parent.name / folder.name
         if not _of_builder(options) or other == folder:
             return [str(folder)]
@@ -125,7 +126,7 @@ def needs(files: list[list[str]], name: str, place: int, leaf: str) -> Options |
             "path": path,
             "name": configuration,
             "revision": revision,
-            "options": _of_builder(options),
+            "options": options,
         }
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,6 +112,9 @@ def cache(
             rows.append(_row(name, parts[name]))
             if rows[-1].error is None:
                 landed(name)
+    if caches.nltk is not None:
+        with suppress(OSError):
+            caches.nltk.rmdir()
     return rows
 
 
