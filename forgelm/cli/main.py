@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "evaluate a run's final model on its task's splits",
     "predict": "apply a run's final model to own rows, written as a file",
     "cache-models": "bring models from the hub into its cache, every byte checked",
+    "cache-tasks": "bring the data of lm-eval's tasks into the caches, proved to load offline",
     "export": "make a run's final model whole (--merge), or put it on the hub (--push)",
     "doctor": "is this machine able to do this, and with overrides: this run",
     "verify-audit": "check that an audit log is as it was written",

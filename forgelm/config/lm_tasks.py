@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from forgelm.config import lm_index
 from forgelm.config.schema import Kind, LmEvalConfig, TaskConfig
 
 LM_EVAL = "lm_eval"
@@ -50,7 +52,7 @@ def problems(asked: LmEvalConfig, task: TaskConfig) -> Iterator[str]:
     if asked.include_path is not None and not Path(asked.include_path).expanduser().is_dir():
         yield f"eval.lm_eval.include_path={asked.include_path}: no such folder"
         return
-    yield from _unknown(asked)
+    yield from unknown(asked.tasks, asked.include_path)
 
 
 def lm_eval_rows(student: dict[str, Any]) -> list[tuple[str, str, float | None]]:
@@ -64,17 +66,11 @@ def lm_eval_rows(student: dict[str, Any]) -> list[tuple[str, str, float | None]]
 
 
 def manager(asked: LmEvalConfig) -> Any:
-    """lm-eval's TaskManager for the tasks asked for.
+    """lm-eval's TaskManager of the tasks asked for and what belongs to them.
 
-    Its own tasks are looked through only where the folder's aren't enough: they are some 14,000
-    files, and take seconds.
+    Its own index of all tasks comes of some 14,000 files, and takes 10 to 30 seconds.
     """
-    folder = _folder(asked)
-    if folder:
-        own = _manager(folder, False)
-        if all(_complete(name, own.task_index) for name in asked.tasks):
-            return own
-    return _manager(folder, True)
+    return _manager(tuple(asked.tasks), _folder(asked))
 
 
 def _folder(asked: LmEvalConfig) -> str | None:
@@ -82,53 +78,55 @@ def _folder(asked: LmEvalConfig) -> str | None:
 
 
 @cache
-def _manager(folder: str | None, with_own: bool) -> Any:
+def _manager(names: tuple[str, ...], folder: str | None) -> Any:
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry, TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=folder, include_defaults=with_own)
+    found = lm_index.find(names, folder)
+    made = TaskManager(include_defaults=False)
+    for files in found.files:
+        index: dict[str, Entry] = {}
+        for file in files:
+            with suppress(Exception):
+                TaskIndex.process_cfg(load_yaml(file, resolve_func=False), file, index)
+        made.task_index.update({name: index[name] for name in found.entries if name in index})
+    return made
 
 
-def _complete(name: str, index: Mapping[str, Any]) -> bool:
-    """Whether the index has the task, or the group and all that belongs to it."""
-    entry = index.get(name)
-    if entry is None:
-        return False
-    members = (entry.cfg or {}).get("task")
-    if not isinstance(members, list):
-        return True
-    names = (m if isinstance(m, str) else m.get("task") or m.get("group") for m in members)
-    return all(_complete(str(member), index) for member in names)
+def unknown(
+    names: Sequence[str], include_path: str | None, key: str = "eval.lm_eval.tasks"
+) -> Iterator[str]:
+    """A problem for each name that is no task, with the nearest ones; `key` is where they stand.
 
-
-def _unknown(asked: LmEvalConfig) -> Iterator[str]:
-    folder = _folder(asked)
-    own = _manager(folder, False).all_tasks if folder else []
-    wrong = [name for name in asked.tasks if name not in own]
-    theirs = _manager(None, True).all_tasks if wrong else []
-    wrong = [name for name in wrong if name not in theirs]
+    Of an own folder that lacks a name, also the files that lm-eval leaves out without a word.
+    """
+    found = lm_index.find(names, include_path).entries
+    wrong = [name for name in names if name not in found]
     if not wrong:
         return
+    theirs, own = lm_index.names_of_lm_eval(), list[str]()
     where = "lm-eval has no such task"
-    if asked.include_path is not None:
-        yield from _unreadable(Path(asked.include_path).expanduser())
+    if include_path is not None:
+        folder = Path(include_path).expanduser()
+        own = sorted(lm_index.index(lm_index.files_below(folder)))
+        yield from _unreadable(folder)
         more = ", ..." if len(own) > _SHOWN else ""
         where = (
-            f"neither lm-eval nor {asked.include_path} has such a task; the folder has "
+            f"neither lm-eval nor {include_path} has such a task; the folder has "
             f"{', '.join(own[:_SHOWN]) or 'none'}{more}"
         )
     for name in wrong:
         near = difflib.get_close_matches(name, [*own, *theirs], n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        yield f"eval.lm_eval.tasks: {name}: {where}{hint}"
+        yield f"{key}: {name}: {where}{hint}"
 
 
 def _unreadable(folder: Path) -> Iterator[str]:
     """Files that lm-eval leaves out without a word."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    for file in sorted(folder.rglob("*.yaml")):
+    for file in lm_index.files_below(folder):
         try:
-            load_yaml(file, resolve_func=False)
+            lm_index.load(file)
         except Exception as error:
             yield f"{file}: not a task of lm-eval: {' '.join(str(error).split())[:200]}"

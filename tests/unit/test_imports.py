@@ -33,6 +33,7 @@ ORDER = (
     "models",
     "losses",
     "hub",
+    "prepared",
     "hubcache",
     "run",
     "deadline",
