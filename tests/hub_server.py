@@ -10,7 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -84,6 +87,14 @@ class HubError(Exception):
         named = {"X-Error-Code": self.code} if self.code else {}
         answer.headers |= named | {"X-Error-Message": self.message} | self.headers
         return answer
+
+
+class Dropped(Exception):
+    """Raised instead of an answer, or within its body: the connection ends here."""
+
+    def __init__(self, *, reset: bool) -> None:
+        super().__init__()
+        self.reset = reset
 
 
 @dataclass(frozen=True)
@@ -424,7 +435,17 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         request = Request(self.command, target.path, parse_qs(target.query), self.headers, body)
         self.server.hub._record(request)
-        self._send(self.server.hub.answer(request))
+        try:
+            self._send(self.server.hub.answer(request))
+        except Dropped as dropped:
+            self.close_connection = True
+            if dropped.reset:
+                # Closing at once, with this set, sends a reset instead of an end.
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                os.close(self.connection.detach())
+            else:
+                self.connection.shutdown(socket.SHUT_RDWR)
 
     def _send(self, response: Response) -> None:
         self.send_response(response.status)

@@ -24,7 +24,9 @@ COMMANDS = {
     "drill": "prove that a config can be interrupted and ends with the same bytes",
     "evaluate": "evaluate a run's final model on its task's splits",
     "predict": "apply a run's final model to own rows, written as a file",
+    "cache-models": "bring models from the hub into its cache, every byte checked",
     "export": "make a run's final model whole (--merge), or put it on the hub (--push)",
+    "verify-audit": "check that an audit log is as it was written",
 }
 
 _STOPPABLE = ("train", "resume")

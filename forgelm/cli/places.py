@@ -1,0 +1,33 @@
+"""Which cache a command fills."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from forgelm.errors import ConfigError
+from forgelm.log import log
+
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def chosen_cache(output: str | None, usual: Path, variable: str) -> Path:
+    """The cache asked for by --output, else the environment's; says so where the two differ."""
+    if output is None:
+        return usual
+    chosen = Path(output).expanduser().absolute()
+    if chosen.resolve() != usual.resolve():
+        log.warning(
+            f"--output {chosen} isn't the cache that training and forgelm doctor --offline read, "
+            f"{usual}: export {variable}={chosen} where they run, or leave --output out"
+        )
+    return chosen
+
+
+def refuse_offline(command: str) -> None:
+    """What fetches from the hub can't work where the hub's clients are told to stay offline."""
+    for name in _OFFLINE:
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise ConfigError(
+                f"{name}={os.environ[name]}: {command} fetches from the hub; unset it here"
+            )

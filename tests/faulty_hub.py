@@ -1,0 +1,109 @@
+"""A Hub that fails as real ones do: cut, stalled, overloaded, wrong, refusing."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from hub_server import Dropped, HubError, HubServer, Request, Response
+
+Action = Callable[["FaultyHub", Request, Response], Response]
+EVER = 1_000_000
+
+# What requests there are, by path.
+INFO = r"/api/models/[^/]+/[^/]+/revision/.*"
+TREE = r"/api/models/[^/]+/[^/]+/tree/.*"
+FILE = r"/[^/]+/[^/]+/resolve/.*"
+LARGE = r"/cdn/.*"
+
+
+@dataclass
+class Fault:
+    """What happens to requests whose path matches, so many times."""
+
+    path: str
+    action: Action
+    times: int = 1
+    seen: list[Request] = field(default_factory=list)
+
+
+class FaultyHub(HubServer):
+    """A Hub whose `faults` come first."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.faults: list[Fault] = []
+
+    def answer(self, request: Request) -> Response:
+        for fault in self.faults:
+            if re.fullmatch(fault.path, request.path) and len(fault.seen) < fault.times:
+                fault.seen.append(request)
+                return fault.action(self, request, super().answer(request))
+        return super().answer(request)
+
+
+def status(code: int, **headers: str) -> Action:
+    """Another status instead of the answer."""
+
+    def act(hub: FaultyHub, request: Request, response: Response) -> Response:
+        return HubError(code, "", "not now", **headers).response()
+
+    return act
+
+
+def cut(after: int, drop: str = "reset") -> Action:
+    """The body ends after so many bytes: by a reset, by closing ("close"), or it stalls."""
+
+    def act(hub: FaultyHub, request: Request, response: Response) -> Response:
+        def body() -> Iterator[bytes]:
+            content = b"".join(response.body)
+            yield content[: min(after, len(content) - 1)]
+            if drop == "stall":
+                time.sleep(3)
+            raise Dropped(reset=drop == "reset")
+
+        return replace(response, body=body())
+
+    return act
+
+
+def reset(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """The connection is reset before any answer."""
+    raise Dropped(reset=True)
+
+
+def flip(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """One bit of the body is another."""
+    content = bytearray(b"".join(response.body))
+    content[len(content) // 2] ^= 1
+    return replace(response, body=[bytes(content)])
+
+
+def shorten(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """A whole answer of fewer bytes than the file has."""
+    content = b"".join(response.body)[:1000]
+    headers = response.headers | {"Content-Length": str(len(content))}
+    return Response(response.status, headers, [content])
+
+
+def lengthen(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """A whole answer of more bytes than the file has."""
+    content = b"".join(response.body) + b"more"
+    return Response(
+        response.status, response.headers | {"Content-Length": str(len(content))}, [content]
+    )
+
+
+def without_ranges(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """The whole file, whatever part was asked for."""
+    if "Range" in request.headers:
+        del request.headers["Range"]
+        return HubServer.answer(hub, request)
+    return response
+
+
+def around(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """A redirect to itself."""
+    return Response(302, {"Location": request.path, "Content-Length": "0"})
