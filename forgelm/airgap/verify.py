@@ -22,7 +22,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -503,6 +503,7 @@ class _Seen:
 
 
 Keep = Callable[[str], "BinaryIO | None"]
+Moved = Callable[[int], None]
 
 
 def find_parts(path: Path) -> tuple[Path, list[Path], list[Problem]]:
@@ -544,11 +545,13 @@ def sums_beside(archive: Path) -> dict[str, str]:
     return {line[66:]: line[:64] for line in lines if _SHA256.fullmatch(line[:64])}
 
 
-def check_archive(path: Path, keep: Keep = lambda name: None) -> Report:
+def check_archive(
+    path: Path, keep: Keep = lambda name: None, moved: Moved = lambda count: None
+) -> Report:
     """Read an archive once, and compare all of it with its manifest.
 
     `keep` is asked for each regular file where its content goes, and may return None; the file is
-    written before it is known whether it is right.
+    written before it is known whether it is right. `moved` is told how many more bytes were read.
 
     Raises:
         NotThere: there is no such archive.
@@ -563,10 +566,10 @@ def check_archive(path: Path, keep: Keep = lambda name: None) -> Report:
     with Archive(paths) as archive:
         try:
             for member in archive.members():
-                if problem := _odd_member(member, seen):
+                if problem := odd_member(member, seen):
                     report.problems.append(Problem(member.name, problem))
                 else:
-                    seen[member.name] = _read(archive, member, keep, own)
+                    seen[member.name] = _read(archive, member, keep, own, moved)
         except Damaged as error:
             report.problems.append(Problem(whole.name, str(error)))
             return report
@@ -576,7 +579,8 @@ def check_archive(path: Path, keep: Keep = lambda name: None) -> Report:
     return report
 
 
-def _odd_member(member: Member, seen: Mapping[str, _Seen]) -> str | None:
+def odd_member(member: Member, seen: Container[str]) -> str | None:
+    """Why a file is none that a bundle has; None: it may be one."""
     if reason := unsafe(member.name):
         return reason
     if member.odd in _ODD.values():
@@ -590,7 +594,9 @@ def _odd_member(member: Member, seen: Mapping[str, _Seen]) -> str | None:
     return f"unsafe: {member.odd}" if member.odd else None
 
 
-def _read(archive: Archive, member: Member, keep: Keep, own: dict[str, bytes]) -> _Seen:
+def _read(
+    archive: Archive, member: Member, keep: Keep, own: dict[str, bytes], moved: Moved
+) -> _Seen:
     if member.link is not None:
         return _Seen(0, "", None, member.link)
     total, name = hashlib.sha256(), blob_of(member.name)
@@ -602,6 +608,7 @@ def _read(archive: Archive, member: Member, keep: Keep, own: dict[str, bytes]) -
     try:
         for chunk in archive.content():
             total.update(chunk)
+            moved(len(chunk))
             if git is not None:
                 git.update(chunk)
             if sink is not None:
@@ -825,12 +832,11 @@ def result_of(report: Report) -> dict[str, Any]:
     }
 
 
-def text_of(file: Path, result: Mapping[str, Any]) -> str:
+def text_of(result: Mapping[str, Any]) -> str:
     """What is printed as text when all is right."""
-    size = result["size_bytes"] / 2**20
     return (
-        f"{file}: {result['files']} files, {size:.2f} MiB, all as the manifest says\n"
-        f"SHA-256 of the manifest: {result['manifest_sha256']}"
+        f"{result['files']} files, {result['size_bytes'] / 2**20:.2f} MiB: all as the manifest "
+        f"says\nSHA-256 of the manifest: {result['manifest_sha256']}"
     )
 
 
@@ -858,7 +864,7 @@ def main(argv: Sequence[str]) -> int:
     if as_json:
         print(json.dumps({"success": not report.problems, **result}, indent=2))
     elif not report.problems:
-        print(text_of(arguments.file, result))
+        print(text_of(result))
     for problem in report.problems:
         print(f"verify.py: {problem}", file=sys.stderr)
     return EXIT_WRONG if report.problems else EXIT_OK

@@ -25,6 +25,9 @@ COMMANDS = {
     "evaluate": "evaluate a run's final model on its task's splits",
     "predict": "apply a run's final model to own rows, written as a file",
     "cache-models": "bring models from the hub into its cache, every byte checked",
+    "bundle": "pack the caches into one archive, to be carried where there is no network",
+    "verify": "check a bundle, or what was unpacked of it, against its manifest",
+    "import": "check a bundle, and merge it into this machine's caches",
     "export": "make a run's final model whole (--merge), or put it on the hub (--push)",
     "verify-audit": "check that an audit log is as it was written",
 }
