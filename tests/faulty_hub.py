@@ -16,7 +16,6 @@ EVER = 1_000_000
 INFO = r"/api/models/[^/]+/[^/]+/revision/.*"
 TREE = r"/api/models/[^/]+/[^/]+/tree/.*"
 FILE = r"/[^/]+/[^/]+/resolve/.*"
-LARGE = r"/cdn/.*"
 
 
 @dataclass
@@ -107,3 +106,9 @@ def without_ranges(hub: FaultyHub, request: Request, response: Response) -> Resp
 def around(hub: FaultyHub, request: Request, response: Response) -> Response:
     """A redirect to itself."""
     return Response(302, {"Location": request.path, "Content-Length": "0"})
+
+
+def login_page(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """What a hotel's network answers to everything."""
+    page = b"<html>Please log in</html>"
+    return Response(200, {"Content-Type": "text/html", "Content-Length": str(len(page))}, [page])

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
             known = repo.tree(commit) if commit in record.wanted else None
             listed = None
             if known is None:
-                listed = ask(lambda: _listed(api, wanted, commit))
+                listed = _listed(wanted, commit, ask)
                 known = {
                     path: Entry(file["size"], file.get("lfs_sha256") or file["blob_id"])
                     for path, file in listed.items()
@@ -222,25 +223,51 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
         )
     except ForgeError as error:
         return Missed(wanted, error)
+    except ValueError:
+        return Missed(
+            wanted,
+            RunError(
+                f"{wanted.name}: the hub answers what isn't JSON; look at HF_ENDPOINT, and for a "
+                "login page of this network"
+            ),
+        )
 
 
-def _listed(api: Any, wanted: Wanted, commit: str) -> dict[str, dict[str, Any]]:
+def _listed(
+    wanted: Wanted, commit: str, ask: Callable[[Callable[[], Any]], Any]
+) -> dict[str, dict[str, Any]]:
     """All files of a commit, as huggingface_hub keeps such a list."""
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub import constants
 
-    found = api.list_repo_tree(
-        wanted.repo_id, recursive=True, revision=commit, repo_type=wanted.kind
-    )
+    url: str | None
+    url = f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.repo_id}/tree/{commit}?recursive=true"
     files: dict[str, dict[str, Any]] = {}
-    for file in found:
-        if not isinstance(file, RepoFile):
-            continue
-        files[file.path] = {"size": file.size, "blob_id": file.blob_id}
-        if file.lfs is not None:
-            files[file.path] |= {"lfs_sha256": file.lfs.sha256, "lfs_size": file.lfs.size}
-        if file.xet_hash is not None:
-            files[file.path] |= {"xet_hash": file.xet_hash}
+    while url:
+        page, url = ask(partial(_page, url))
+        for file in page:
+            if file["type"] != "file":
+                continue
+            files[file["path"]] = {"size": file["size"], "blob_id": file["oid"]}
+            if lfs := file.get("lfs"):
+                files[file["path"]] |= {"lfs_sha256": lfs["oid"], "lfs_size": lfs["size"]}
+            if xet := file.get("xetHash"):
+                files[file["path"]] |= {"xet_hash": xet}
     return files
+
+
+def _page(url: str) -> tuple[list[dict[str, Any]], str | None]:
+    """A page of a list, and where the next one is."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    headers = build_hf_headers(library_name="forgelm")
+    response = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_raise_for_status(response)
+    return response.json(), response.links.get("next", {}).get("url")
 
 
 def _selected(wanted: Wanted, known: dict[str, Entry]) -> dict[str, Entry]:

@@ -57,7 +57,7 @@ def asked_for(names: Sequence[str]) -> list[Asked]:
 
 
 def _asked(name: str) -> Asked:
-    if is_local(name):
+    if name and is_local(name):
         return Asked(name, None)
     if name.startswith((".", "/", "~")):
         raise ConfigError(f"--model {name}: no such folder")

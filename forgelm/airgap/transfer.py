@@ -204,7 +204,7 @@ def _fill(line: Line, thing: str, url: str, sink: _Sink) -> None:
         before = sink.size
         try:
             with _told_apart():
-                _stream(line, url, sink)
+                _stream(line, thing, url, sink)
             if sink.size < sink.entry.size:
                 raise _Again("the answer was cut short")
         except _Again as error:
@@ -213,11 +213,13 @@ def _fill(line: Line, thing: str, url: str, sink: _Sink) -> None:
             patience.spend(error)
 
 
-def _stream(line: Line, url: str, sink: _Sink) -> None:
+def _stream(line: Line, thing: str, url: str, sink: _Sink) -> None:
     """One request: the rest of the file, or all of it from a server that knows no ranges."""
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
     with _opened(url, sink.size) as response:
+        if response.is_redirect:
+            raise RunError(f"{thing}: the hub redirects more than {_REDIRECTS} times")
         if response.status_code == 416:
             sink.restart()
             raise _Again("the hub refuses to go on where it was")
@@ -259,8 +261,6 @@ def _opened(url: str, start: int) -> Iterator[httpx2.Response]:
             headers.pop("authorization", None)
         url = there
     try:
-        if response.is_redirect:
-            raise RunError(f"{url}: the hub redirects more than {_REDIRECTS} times")
         yield response
     finally:
         response.close()

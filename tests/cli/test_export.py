@@ -235,7 +235,7 @@ def test_a_base_that_nobody_else_has_is_said(hub: Hub) -> None:
     [
         (None, f"{USER}/x", 1, "there is no token to write with; set HF_TOKEN, or log in with"),
         (TOKEN, "others/x", 2, "--push others/x: the hub answers: "),
-        ("hf_" + "another", f"{USER}/x", 2, f"--push {USER}/x: the hub answers: "),
+        ("hf_" + "another", f"{USER}/x", 2, "the hub doesn't accept the token of "),
     ],
 )
 def test_the_hub_refuses(
