@@ -299,9 +299,10 @@ class _Packer:
             write(data)
             self._moved(len(data))
             if len(data) < len(chunk):
+                left = -1
                 break
-        if left or opened.read(1):
-            self.problems.append(f"{file.source}: changed while it was packed; run bundle again")
+        if left:
+            self.problems.append(f"{opened.name}: changed while it was packed; run bundle again")
         self.sha256[file.path] = total.hexdigest()
         found = (git or total).hexdigest()
         if file.blob and found != file.blob:

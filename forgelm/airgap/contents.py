@@ -119,7 +119,7 @@ def look(places: dict[str, Path], chosen: Sequence[Chosen] = ()) -> Contents:
         _look_for(chosen, places, found)
     else:
         for repo in cached_repos(places[verify.HUB]):
-            commits = repo.commits()
+            commits = _commits(repo)
             if commits:
                 found.repositories.append(_repository(repo, commits, found.problems))
         for top in verify.TREES:
@@ -164,7 +164,12 @@ def _path(file: File) -> str:
 def _commit(repo: CachedRepo, revision: str) -> str | None:
     """The commit that a revision stands for, if its snapshot is here."""
     commit = {**repo.record().revisions, **repo.refs()}.get(revision, revision)
-    return commit if commit in repo.commits() else None
+    return commit if commit in _commits(repo) else None
+
+
+def _commits(repo: CachedRepo) -> list[str]:
+    """The commits that have files here."""
+    return [commit for commit in repo.commits() if any(repo.snapshot(commit).iterdir())]
 
 
 def _not_here(
@@ -172,7 +177,7 @@ def _not_here(
 ) -> str:
     if repo is not None:
         names = {commit: name for name, commit in repo.refs().items()}
-        here = ", ".join(f"{one.repo_id}@{names.get(c, c)}" for c in repo.commits())
+        here = ", ".join(f"{one.repo_id}@{names.get(c, c)}" for c in _commits(repo))
         return f"{one.name}: not in {places[verify.HUB]}, which has {here or 'no commit of it'}"
     import difflib
 
@@ -213,9 +218,8 @@ def _repository(repo: CachedRepo, commits: Sequence[str], problems: list[str]) -
             file = repo.tree_file(commit)
             made.files.append(File(f"{made.root}/trees/{file.name}", file, file.stat().st_size))
     record = repo.record()
-    made.licence = record.licence or _card_licence(repo, commits)
-    if repo.record_file.exists():
-        made.files.append(_given(f"{made.root}/{verify.RECORD}", _carried(record, commits)))
+    made.licence = record.licence = record.licence or _card_licence(repo, commits)
+    made.files.append(_given(f"{made.root}/{verify.RECORD}", _carried(record, commits)))
     return made
 
 

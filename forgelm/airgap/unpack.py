@@ -110,7 +110,8 @@ def _scan(file: Path) -> bytes:
         raise ConfigError(f"{error}; give the archive, or its first part") from error
     if found:
         raise _refused(file, [str(problem) for problem in found])
-    problems, names, data = [], set(), b""
+    problems, data = [], b""
+    names: set[str] = set()
     with verify.Archive(paths) as archive:
         try:
             for member in archive.members():
