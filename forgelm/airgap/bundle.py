@@ -90,10 +90,11 @@ def bundle(
 
 
 def _total(contents: Contents, earlier: dict[str, str]) -> int:
-    """At most how large the archive becomes, manifest excepted."""
+    """At most how large the archive becomes, with what lies beside it."""
     files = [file for file in contents.files() if file.path not in earlier]
     links = sum(len(repo.links) for repo in contents.repositories)
-    return sum(file.size + _HEADER for file in files) + links * _HEADER
+    fixed = 2 * len(_verifier()) + _HEADER
+    return fixed + sum(file.size + _HEADER for file in files) + links * _HEADER
 
 
 def _place(

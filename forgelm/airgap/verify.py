@@ -581,10 +581,10 @@ def check_archive(
 
 def odd_member(member: Member, seen: Container[str]) -> str | None:
     """Why a file is none that a bundle has; None: it may be one."""
-    if reason := unsafe(member.name):
-        return reason
     if member.odd in _ODD.values():
         return f"unsafe: {member.odd}"
+    if reason := unsafe(member.name):
+        return reason
     if member.link is not None and unsafe_link(member.name, member.link):
         return f"unsafe: a link to {member.link}, not to a blob of its repository"
     if member.name in seen:
