@@ -189,15 +189,16 @@ def _check_left_out(file: Path, lacking: Sequence[Entry], places: Mapping[str, P
 @contextmanager
 def _made(roots: Sequence[Path]) -> Iterator[None]:
     """The caches' folders, made where they aren't there, and unmade if nothing came of it."""
-    new = [root for root in roots if not root.exists()]
+    ways = {folder for root in roots for folder in (root, *root.parents)}
+    new = sorted((folder for folder in ways if not folder.exists()), reverse=True)
     for root in roots:
         root.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for root in new:
+        for folder in new:
             with suppress(OSError):
-                root.rmdir()
+                folder.rmdir()
         raise
 
 
