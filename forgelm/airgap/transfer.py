@@ -7,11 +7,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
 from urllib.parse import urljoin, urlsplit
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from forgelm.errors import RunError
 from forgelm.hubcache import Entry, chunks, hasher
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     import httpx2
 
 INCOMPLETE = ".incomplete"
+LARGE = 4 << 20
+"""From so many bytes on a file has a connection of its own, and is made durable by itself."""
+
 PATIENCE = "FORGELM_HUB_PATIENCE"
 """Environment variable: for how many seconds a request is tried again before it has failed."""
 
@@ -30,9 +37,7 @@ _ROUNDS_ASKED = 5
 _ATTEMPTS = 3
 _REDIRECTS = 5
 _AGAIN = (408, 429, 500, 502, 503, 504)
-_BLOCK = 1 << 20
-_IN_FLIGHT = 8
-_BESIDE = 4 << 20
+_BLOCK, _BLOCKS, _FLUSH = 1 << 16, 16, 1 << 27
 _QUIET_S = 5.0
 
 
@@ -137,11 +142,21 @@ def _told_apart() -> Iterator[None]:
         if "CERTIFICATE" in str(error):
             raise
         raise _Again(_reason(error)) from error
+    except (ConnectionError, TimeoutError, URLError, HTTPException) as error:
+        if "CERTIFICATE" in str(error):
+            raise httpx2.ConnectError(str(error)) from error
+        known = httpx2.ReadTimeout if _timed_out(error) else httpx2.ReadError
+        cause = known(str(error))
+        raise _Again(_reason(cause)) from cause
     except HfHubHTTPError as error:
         code = error.response.status_code
         if code not in _AGAIN:
             raise
         raise _Again(f"the hub answers {code}", _asked_wait(error.response)) from error
+
+
+def _timed_out(error: Exception) -> bool:
+    return isinstance(getattr(error, "reason", error), TimeoutError)
 
 
 def _reason(error: Exception) -> str:
@@ -180,7 +195,7 @@ def transfer(line: Line, thing: str, url: str, target: Path, entry: Entry) -> No
     for _ in range(_ATTEMPTS):
         with _sink(partial, entry, line) as sink:
             _fill(line, thing, url, sink)
-            right = sink.digest() == entry.blob
+            right = sink.hash.hexdigest() == entry.blob
         if right:
             break
         line.moved(-sink.size)
@@ -191,7 +206,7 @@ def transfer(line: Line, thing: str, url: str, target: Path, entry: Entry) -> No
             f"{thing}: {_ATTEMPTS} times other bytes came than the hub's hash promises; something "
             "on the way changes them, a proxy perhaps: try from another network"
         )
-    if entry.size >= _BESIDE:
+    if entry.size >= LARGE:
         flush(partial)
     readable(partial)
     os.replace(partial, target)
@@ -217,144 +232,157 @@ def _stream(line: Line, thing: str, url: str, sink: _Sink) -> None:
     """One request: the rest of the file, or all of it from a server that knows no ranges."""
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-    with _opened(url, sink.size) as response:
+    with _opened(url, sink) as answer:
+        response = answer.response
         if response.is_redirect:
             raise RunError(f"{thing}: the hub redirects more than {_REDIRECTS} times")
         if response.status_code == 416:
             sink.restart()
             raise _Again("the hub refuses to go on where it was")
-        if response.status_code >= 400:
-            response.read()
         hf_raise_for_status(response)
         start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
         if sink.size and (response.status_code != 206 or start != str(sink.size)):
             sink.restart()
-        for chunk in response.iter_bytes():
-            line.check()
-            sink.write(chunk)
-            if sink.size > sink.entry.size:
-                break
+        if answer.raw is None:
+            for chunk in response.iter_bytes():
+                sink.write(chunk)
+        else:
+            sink.pour(answer.raw)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Status and headers; the body is in `raw` for a large file, else in the response."""
+
+    response: httpx2.Response
+    raw: Any
+    close: Callable[[], None]
 
 
 @contextmanager
-def _opened(url: str, start: int) -> Iterator[httpx2.Response]:
-    """The answer to a GET from byte `start`; a token goes to the hub alone, not where it sends."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
+def _opened(url: str, sink: _Sink) -> Iterator[_Answer]:
+    """The answer to a GET from where the file ends; a token goes to the hub alone."""
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     headers = build_hf_headers(library_name="forgelm")
     # Compressed answers have no ranges, and other sizes.
     headers["Accept-Encoding"] = "identity"
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    client = get_session()
+    if sink.size:
+        headers["Range"] = f"bytes={sink.size}-"
+    get = _get_large if sink.entry.size >= LARGE else _get_small
     for _ in range(_REDIRECTS):
-        request = client.build_request(
-            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        )
-        response = client.send(request, stream=True, follow_redirects=False)
-        if not response.is_redirect:
+        answer = get(url, headers)
+        if not answer.response.is_redirect:
             break
-        response.close()
-        there = urljoin(url, response.headers["Location"])
+        answer.close()
+        there = urljoin(url, answer.response.headers["Location"])
         if urlsplit(there).netloc != urlsplit(url).netloc:
             headers.pop("authorization", None)
         url = there
     try:
-        yield response
+        yield answer
     finally:
-        response.close()
+        answer.close()
+
+
+def _get_small(url: str, headers: dict[str, str]) -> _Answer:
+    """By the hub's own client, which keeps connections open."""
+    from huggingface_hub import constants, get_session
+
+    client = get_session()
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    request = client.build_request("GET", url, headers=headers, timeout=timeout)
+    response = client.send(request, stream=True, follow_redirects=False)
+    if response.status_code >= 400:
+        response.read()
+    return _Answer(response, None, response.close)
+
+
+def _get_large(url: str, headers: dict[str, str]) -> _Answer:
+    """By the standard library, which reads a body several times as fast as the hub's client."""
+    import httpx2
+    from huggingface_hub import constants
+
+    opener = build_opener(_NoRedirect, HTTPSHandler(context=httpx2.create_ssl_context()))
+    try:
+        raw = opener.open(Request(url, headers=headers), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    except HTTPError as error:
+        raw = error
+    body = raw.read() if raw.status >= 400 else b""
+    told = list(raw.headers.items())
+    request = httpx2.Request("GET", url)
+    response = httpx2.Response(raw.status, headers=told, content=body, request=request)
+    return _Answer(response, raw, raw.close)
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 class _Sink:
-    """The file that grows, and the hash of what it holds.
-
-    A large file is written and hashed by a thread of its own, beside the network.
-    """
+    """The file that grows, and the hash of what it holds."""
 
     def __init__(self, path: Path, entry: Entry, line: Line) -> None:
-        self.path, self.entry, self.line = path, entry, line
+        self.entry, self.line = entry, line
         self.file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self.size, self.hash = 0, hasher(entry.blob, entry.size)
-        self.error: Exception | None = None
-        self.held: list[bytes] = []
-        self.held_size = 0
-        self.blocks: queue.Queue[bytes | None] | None = None
-        if os.fstat(self.file.fileno()).st_size <= entry.size:
-            for chunk in chunks(self.file):
-                line.check()
-                self.hash.update(chunk)
-                self.size += len(chunk)
-            line.moved(self.size)
-        else:
+        if os.fstat(self.file.fileno()).st_size > entry.size:
             self.file.truncate(0)
+        for chunk in chunks(self.file):
+            line.check()
+            self.hash.update(chunk)
+            self.size += len(chunk)
+        line.moved(self.size)
 
-    def write(self, chunk: bytes) -> None:
-        self.size += len(chunk)
-        self.held.append(chunk)
-        self.held_size += len(chunk)
-        self.line.moved(len(chunk))
-        if self.held_size >= _BLOCK:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        if not self.held:
-            return
-        block = self.held[0] if len(self.held) == 1 else b"".join(self.held)
-        self.held, self.held_size = [], 0
-        if self.entry.size < _BESIDE:
-            self._take(block)
-            return
-        if self.blocks is None:
-            self.blocks = queue.Queue(_IN_FLIGHT)
-            self.thread = threading.Thread(target=self._work, args=(self.blocks,), daemon=True)
-            self.thread.start()
-        if self.error is not None:
-            raise self.error
-        self.blocks.put(block)
-
-    def _work(self, blocks: queue.Queue[bytes | None]) -> None:
-        while (block := blocks.get()) is not None:
-            if self.error is None:
-                try:
-                    self._take(block)
-                except Exception as error:
-                    self.error = error
-
-    def _take(self, block: bytes) -> None:
+    def write(self, block: bytes | memoryview) -> None:
         self.hash.update(block)
+        self._to_file(block)
+
+    def _to_file(self, block: bytes | memoryview) -> None:
+        self.line.check()
         view = memoryview(block)
         while view:
             view = view[self.file.write(view) :]
+        self.size += len(block)
+        self.line.moved(len(block))
 
-    def settle(self) -> None:
-        """All that was written is in the file and in the hash."""
-        self._pass_on()
-        self._join()
-        if self.error is not None:
-            raise self.error
+    def pour(self, raw: Any) -> None:
+        """Write all that `raw` gives; hashed, and made durable, by threads beside."""
+        free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        for _ in range(_BLOCKS):
+            free.put(bytearray(_BLOCK))
 
-    def _join(self) -> None:
-        if self.blocks is not None:
-            self.blocks.put(None)
-            self.thread.join()
-            self.blocks = None
+        def hash_all() -> None:
+            while (block := full.get()) is not None:
+                self.hash.update(block)
+                free.put(block.obj)  # type: ignore[arg-type]
 
-    def close(self) -> None:
-        self._join()
-        self.file.close()
+        with ThreadPoolExecutor(2) as beside:
+            hashed = beside.submit(hash_all)
+            flushed, due = None, self.size + _FLUSH
+            try:
+                while count := raw.readinto(buffer := free.get()):
+                    block = memoryview(buffer)[:count]
+                    self._to_file(block)
+                    full.put(block)
+                    if self.size > self.entry.size:
+                        break
+                    if self.size >= due and (flushed is None or flushed.done()):
+                        flushed, due = beside.submit(os.fdatasync, self.file), self.size + _FLUSH
+            finally:
+                full.put(None)
+                hashed.result()
+        if flushed is not None:
+            flushed.result()
 
     def restart(self) -> None:
         """Begin anew from the first byte."""
-        self.settle()
         self.line.moved(-self.size)
         self.file.seek(0)
         self.file.truncate()
         self.size, self.hash = 0, hasher(self.entry.blob, self.entry.size)
-
-    def digest(self) -> str:
-        self.settle()
-        return self.hash.hexdigest()
 
 
 @contextmanager
@@ -364,4 +392,4 @@ def _sink(path: Path, entry: Entry, line: Line) -> Iterator[_Sink]:
     try:
         yield sink
     finally:
-        sink.close()
+        sink.file.close()
