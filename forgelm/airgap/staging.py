@@ -13,20 +13,20 @@ from pathlib import Path
 
 from forgelm.errors import RunError
 
-PREFIX = ".forgelm-"
+_PREFIX = ".forgelm-staging-"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
 def staging(parent: Path) -> Iterator[Path]:
     """A new folder in `parent`; it is locked, and those whose owners died are removed first."""
-    for left in parent.glob(f"{PREFIX}*"):
+    for left in parent.glob(f"{_PREFIX}*"):
         handle = _lock(left)
         if handle is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(handle)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         handle = _lock(folder)
         # Another process may have taken it for a dead one's before it was locked.
         if folder.is_dir():

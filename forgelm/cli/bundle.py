@@ -56,6 +56,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     from forgelm.airgap import bundle, contents
     from forgelm.cli.places import carried
     from forgelm.cli.progress import Carried
+    from forgelm.errors import ConfigError
 
     listen(arguments)
     output = arguments.output.expanduser().absolute()
@@ -66,6 +67,9 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
         _chosen(kind, name) for kind in ("model", "dataset") for name in getattr(arguments, kind)
     ]
     places = carried(arguments.cache_dir, arguments.datasets_cache)
+    for place in places.values():
+        if output.resolve().is_relative_to(place.resolve()):
+            raise ConfigError(f"--output {output}: in {place}, which is packed; give another place")
     found = contents.look(places, chosen)
     shown = Carried("packing")
     shown.begin(len(found.repositories), found.size)

@@ -259,6 +259,7 @@ def test_what_is_missing_from_the_cache_is_named(
         ((), "the following arguments are required: --output"),
         (("--output", "none/all.tar"), "--output "),
         (("--output", "home"), "is a folder; give a file"),
+        (("--output", "home/hub/x.tar"), "home/hub, which is packed; give another place"),
         (("--output", "x.tar", "--part-size", "4X"), "--part-size 4X: not a size"),
         (("--output", "x.tar", "--part-size", "10"), "would make more than 1000 parts"),
         (("--output", "x.tar", "--model", "org/tyni"), "did you mean org/tiny?"),
