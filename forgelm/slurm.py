@@ -194,6 +194,21 @@ def last_state(name: str) -> str | None:
     return out.split()[0] if code == 0 and out.split() else None
 
 
+def silent() -> str | None:
+    """Why the controller can't be asked for anything; None where it answers."""
+    code, out = _call("scontrol", "ping")
+    if code == 0 and re.search(r"\bUP\b", out):
+        return None
+    return " ".join(out.split())[:200] or "no scontrol"
+
+
+def accounts() -> bool:
+    """Whether Slurm remembers jobs that left the queue long ago."""
+    _, out = _call("scontrol", "show", "config")
+    found = re.search(r"AccountingStorageType\s*=\s*(\S+)", out)
+    return found is not None and "none" not in found.group(1)
+
+
 # Handing a job back
 
 

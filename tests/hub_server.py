@@ -251,6 +251,10 @@ class HubServer:
                 return _json({})
             if match := _LFS.fullmatch(request.path):
                 return self._lfs_batch(request, match["id"])
+            if request.path == "/api/whoami-v2":
+                if "Authorization" not in request.headers:
+                    raise HubError(401, "", "Invalid username or password.")
+                return _json({"type": "user", "name": USER})
             if request.path == "/api/validate-yaml":
                 return _validated(request)
             if request.path == "/api/repos/create":

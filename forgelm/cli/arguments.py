@@ -39,9 +39,9 @@ def parser(name: str, description: str) -> Parser:
     return made
 
 
-def cache_parser(name: str, description: str) -> Parser:
+def cache_parser(name: str, description: str, kind: type[Parser] = Parser) -> Parser:
     """A parser with the options of the commands that fill, carry and check caches."""
-    made = Parser(prog=f"forgelm {name}", description=description)
+    made = kind(prog=f"forgelm {name}", description=description)
     made.add_argument(
         "--output-format",
         choices=("text", "json"),

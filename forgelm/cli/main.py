@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "check a bundle, or what was unpacked of it, against its manifest",
     "import": "check a bundle, and merge it into this machine's caches",
     "export": "make a run's final model whole (--merge), or put it on the hub (--push)",
+    "doctor": "is this machine able to do this, and with overrides: this run",
     "verify-audit": "check that an audit log is as it was written",
 }
 

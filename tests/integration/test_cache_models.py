@@ -160,7 +160,7 @@ PASSING: dict[str, tuple[str, Action, int, str]] = {
     "reset of the list": (TREE, reset, 1, "the connection was cut"),
     "reset in the middle": (LARGE, cut(2 << 20), 1, "the connection was cut"),
     "reset again and again": (LARGE, cut(1 << 20), 4, "the connection was cut"),
-    "closed in the middle": (LARGE, cut(2 << 20, "close"), 1, "the connection was cut"),
+    "closed in the middle": (LARGE, cut(2 << 20, "close"), 1, "the answer was cut short"),
     "closed in a small file": (SMALL, cut(100, "close"), 1, "the connection was cut"),
     "stalled": (LARGE, cut(2 << 20, "stall"), 1, "the connection stalled"),
     "429 for the repository": (INFO, status(429, Retry_After="1"), 1, "the hub answers 429"),
