@@ -26,18 +26,41 @@ from forgelm.hub import explained, is_commit
 from forgelm.hubcache import CachedRepo, Entry, hash_of, stamp
 from forgelm.run.files import write_json, write_text
 
+_OTHER_FORMATS = (
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.onnx",
+    "*.onnx_data",
+    "*.gguf",
+    "*.tflite",
+    "*.mlmodel",
+    "*.mlpackage/*",
+    "onnx/*",
+    "openvino/*",
+    "coreml/*",
+    "original/*",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SAFE = "*.safetensors"
 _TREE_FORMAT = 1
 _WORKERS = 8
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A repository at a revision; `files` are patterns (as of fnmatch), None for all files."""
+    """A repository at a revision, or a part of it.
+
+    Attributes:
+        files: patterns (as of fnmatch) of the files that are wanted; None for all.
+        for_torch: leaves out weights that transformers doesn't read where there are others.
+    """
 
     kind: str
     repo_id: str
     revision: str = "main"
     files: tuple[str, ...] | None = None
+    for_torch: bool = False
 
     @property
     def name(self) -> str:
@@ -274,13 +297,17 @@ def _selected(wanted: Wanted, known: dict[str, Entry]) -> dict[str, Entry]:
     for path in known:
         if path.startswith("/") or ".." in path.split("/"):
             raise RunError(f"{wanted.name}: the hub lists a file outside of it, {path!r}; refused")
+    if wanted.for_torch:
+        safe = any(fnmatch(path, _SAFE) and "/" not in path for path in known)
+        left_out = _OTHER_FORMATS + (_PICKLES if safe else ())
+        return {path: entry for path, entry in known.items() if not _matches(path, left_out)}
     if wanted.files is None:
         return known
-    return {
-        path: entry
-        for path, entry in known.items()
-        if any(fnmatch(path, pattern) for pattern in wanted.files)
-    }
+    return {path: entry for path, entry in known.items() if _matches(path, wanted.files)}
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(path, pattern) for pattern in patterns)
 
 
 def _licence(info: Any) -> str | None:
@@ -428,7 +455,8 @@ def _seal(plan: _Plan) -> None:
                 repo.tree_file(plan.commit), {"format_version": _TREE_FORMAT, "files": plan.tree}
             )
         repo.snapshot(plan.commit).mkdir(parents=True, exist_ok=True)
-        names = None if plan.wanted.files is None else sorted(plan.entries)
+        whole = plan.wanted.files is None and not plan.wanted.for_torch
+        names = None if whole else sorted(plan.entries)
         if plan.commit in record.wanted:
             before = record.wanted[plan.commit]
             names = None if None in (before, names) else sorted({*(before or ()), *(names or ())})

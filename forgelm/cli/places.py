@@ -24,6 +24,18 @@ def chosen_cache(output: str | None, usual: Path, variable: str) -> Path:
     return chosen
 
 
+def carried(
+    cache_dir: Path | None, datasets_cache: Path | None, home: Path | None = None
+) -> dict[str, Path]:
+    """Where what a bundle carries lies here: what is given, else below `home`, else as usual."""
+    from forgelm.airgap.verify import DATASETS, HUB, default_places, places_in
+
+    given = {HUB: cache_dir, DATASETS: datasets_cache}
+    usual = default_places() if home is None else places_in(home)
+    chosen = {name: path.expanduser().absolute() for name, path in given.items() if path}
+    return {**usual, **chosen}
+
+
 def refuse_offline(command: str) -> None:
     """What fetches from the hub can't work where the hub's clients are told to stay offline."""
     for name in _OFFLINE:

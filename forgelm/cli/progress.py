@@ -61,6 +61,18 @@ class Bytes(Progress):
         )
 
 
+class Carried(Bytes):
+    """The same of what is packed or unpacked; `what` says which."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._doing = what
+
+    def begin(self, repositories: int, total: int) -> None:
+        self._what, self.total = self._doing, total
+        self._begun = self._said = time.monotonic()
+
+
 def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"

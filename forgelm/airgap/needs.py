@@ -1,0 +1,184 @@
+"""What a run needs from the hub, and what of it the caches lack. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgelm.airgap.caches import OFFLINE
+from forgelm.config.schema import RunConfig, TeacherKind
+from forgelm.config.validate import uses_teacher
+from forgelm.errors import RunError
+from forgelm.hub import is_local
+from forgelm.hubcache import CachedRepo, datasets_cache, hub_cache
+from forgelm.models.adapters import OWN_BASE, SETTINGS
+from forgelm.prepared import prepared
+
+_MODEL = ("config.json", SETTINGS)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and who needs it; `base` is where an adapter's base is, if not where it says."""
+
+    role: str
+    path: str
+    revision: str = "main"
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set's configuration."""
+
+    path: str
+    config: str | None
+    revision: str
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-eval, some of them perhaps defined in a folder."""
+
+    names: tuple[str, ...]
+    include_path: str | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What runs need, each thing once, in the order in which it is met."""
+
+    models: tuple[Model, ...]
+    data: tuple[Data, ...]
+    tasks: tuple[Tasks, ...]
+
+
+def needs(configs: Iterable[RunConfig]) -> Needs:
+    """What runs need, folders of this machine included as far as they may be adapters."""
+    models: dict[Model, None] = {}
+    data: dict[Data, None] = {}
+    tasks: dict[Tasks, None] = {}
+    for config in configs:
+        models |= dict.fromkeys(_models(config))
+        task, asked = config.task, config.eval.lm_eval
+        if task.dataset and not is_local(task.dataset):
+            data[Data(task.dataset, task.dataset_config, task.revision)] = None
+        if asked.tasks:
+            tasks[Tasks(tuple(asked.tasks), asked.include_path)] = None
+    return Needs(tuple(models), tuple(data), tuple(tasks))
+
+
+def _models(config: RunConfig) -> Iterator[Model]:
+    model, teacher, task = config.model, config.teacher, config.task
+    if model.path:
+        yield Model("model", model.path, model.revision, model.base)
+    if not uses_teacher(config):
+        return
+    if teacher.path:
+        yield Model("teacher", teacher.path, teacher.revision)
+    elif teacher.run:
+        yield Model("teacher", teacher.run)
+    elif teacher.kind is TeacherKind.auto and task.teacher:
+        yield Model("teacher", task.teacher, task.teacher_revision)
+
+
+def base_of(model: Model, folder: Path) -> Model | None:
+    """The base that the adapter in a folder is for; None where there is a whole model."""
+    settings = _json(folder / SETTINGS)
+    if settings is None or (folder / OWN_BASE / "config.json").is_file():
+        return None
+    named = model.base or settings.get("base_model_name_or_path")
+    if not isinstance(named, str):
+        return None
+    revision = None if model.base else settings.get("revision")
+    return Model(f"{model.role}'s base", named, revision or "main")
+
+
+def _json(file: Path) -> dict[str, object] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def offline() -> bool:
+    """Whether Hugging Face's libraries are told not to use the network."""
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE)
+
+
+def check_cached(
+    configs: Sequence[RunConfig], overrides: Sequence[str], pinned: Mapping[str, str | None]
+) -> None:
+    """Refuse runs that can't be without a network: what they need isn't in the caches.
+
+    `pinned`: the commits that the first of them was begun with.
+
+    Raises:
+        RunError: names all that is missing, and the command that fetches it.
+    """
+    wanted = needs(configs)
+    problems = [line for one in wanted.models for line in _lacking(one, pinned)]
+    problems += [line for one in wanted.data for line in _unprepared(one, pinned)]
+    if problems:
+        command = f"forgelm cache {shlex.join(overrides)}".rstrip()
+        raise RunError(
+            "\n".join([*problems, f"no network is to be used; where there is one: {command}"])
+        )
+
+
+def _lacking(model: Model, pinned: Mapping[str, str | None]) -> Iterator[str]:
+    thing = f"{model.role} {model.path}"
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        repo = CachedRepo(hub_cache(), "model", model.path)
+        commit = pinned.get(_PINNED.get(model.role, "")) or cached_commit(repo, model.revision)
+        if commit is None:
+            at = "" if model.revision == "main" else f"@{model.revision}"
+            yield f"{thing}{at}: not in the cache {repo.hub}"
+            return
+        folder = repo.snapshot(commit)
+        lacks = repo.missing(commit) or []
+        if lacks:
+            yield f"{thing} at {commit[:12]}: {repo.hub} lacks {_few(lacks)}"
+            return
+        if not any((folder / name).is_file() for name in _MODEL):
+            yield f"{thing} at {commit[:12]}: {repo.hub} lacks {' and '.join(_MODEL)}"
+            return
+    base = base_of(model, folder)
+    if base is not None:
+        yield from _lacking(base, pinned)
+
+
+_PINNED = {
+    "model": "model",
+    "model's base": "base",
+    "teacher": "teacher",
+    "teacher's base": "teacher_base",
+}
+
+
+def _unprepared(data: Data, pinned: Mapping[str, str | None]) -> Iterator[str]:
+    thing = f"data set {data.path}{f', {data.config}' if data.config else ''}"
+    repo = CachedRepo(hub_cache(), "dataset", data.path)
+    commit = pinned.get("dataset") or cached_commit(repo, data.revision)
+    if commit is None:
+        yield f"{thing}: not in the cache {repo.hub}"
+    elif prepared(data.path, data.config, commit) is None:
+        yield f"{thing} at {commit[:12]}: not prepared in {datasets_cache()}"
+
+
+def cached_commit(repo: CachedRepo, revision: str) -> str | None:
+    """The commit that a revision stands for without a network."""
+    if (repo.folder / "snapshots" / revision).is_dir():
+        return revision
+    return repo.record().revisions.get(revision) or repo.refs().get(revision)
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
