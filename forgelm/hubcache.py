@@ -24,6 +24,10 @@ from typing import BinaryIO
 from forgelm.run.files import write_json
 
 KINDS = ("model", "dataset", "space")
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""What keeps Hugging Face's libraries off the network."""
+
+_YES = ("1", "ON", "YES", "TRUE")
 _RECORD = ".forgelm.json"
 _CHUNK = 1 << 20
 _SHA256 = 64
@@ -45,6 +49,17 @@ def datasets_cache(environment: Mapping[str, str] = os.environ) -> Path:
     """The cache of prepared data sets: HF_DATASETS_CACHE, else HF_HOME/datasets."""
     given = environment.get("HF_DATASETS_CACHE")
     return _path(given) if given else hf_home(environment) / "datasets"
+
+
+def is_on(name: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a switch is on, as huggingface_hub reads it."""
+    return environment.get(name, "").upper() in _YES
+
+
+def offline(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the hub's clients are told to stay offline; the first that is set counts."""
+    name = "HF_HUB_OFFLINE" if environment.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+    return is_on(name, environment)
 
 
 def _path(text: str) -> Path:

@@ -45,6 +45,12 @@ def prepared(
     return next(iter(found.values())) if len(found) == 1 else found.get("default")
 
 
+def has_prepared(dataset: str, config: str | None) -> bool:
+    """Whether anything was prepared of a data set's configuration, of whatever commit."""
+    commits = {folder.name for folder in datasets_cache().glob("*/*/*/*") if folder.is_dir()}
+    return any(prepared(dataset, config, commit) is not None for commit in commits)
+
+
 def load_prepared(folder: Path) -> DatasetDict:
     """The splits in a folder of `prepared`, with no network.
 

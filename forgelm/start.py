@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from forgelm import slurm, stop
+from forgelm.airgap.needs import lacking
 from forgelm.config.schema import LaunchConfig, RunConfig, TeacherKind
 from forgelm.errors import (
     EXIT_OK,
@@ -23,6 +24,7 @@ from forgelm.errors import (
     RunInUse,
     Stopped,
 )
+from forgelm.hubcache import offline
 from forgelm.launch import LOST, together
 from forgelm.log import log, say, set_up, to_file
 from forgelm.pipeline import pipeline
@@ -130,10 +132,28 @@ def _begin(plan: Plan, ranks: Ranks) -> None:
     if is_complete(plan.paths) and not plan.extends:
         say(f"{plan.paths.root} is complete; its results are in eval.json")
         return
+    if offline():
+        _check_caches(plan)
     if plan.config.teacher.kind is TeacherKind.run:
         alone = ranks.world.size == 1
         _make_sure_of_teacher(plan, RunPaths(Path(str(plan.config.teacher.run))), alone)
     _run(plan, ranks)
+
+
+def _check_caches(plan: Plan) -> None:
+    """Without a network, all that the run and its teacher's run need must be here: before torch."""
+    plans = [plan]
+    if plan.config.teacher.kind is TeacherKind.run:
+        teacher = RunPaths(Path(str(plan.config.teacher.run)))
+        plans += [] if is_complete(teacher) else [sealed_plan(teacher.root)]
+    problems = []
+    for one in plans:
+        known = read_json(one.paths.metadata) if one.paths.metadata.is_file() else {}
+        problems += lacking(one.config, known.get("revisions") or {})
+    if problems:
+        command = f"forgelm cache {shlex.join(plan.overrides)}".rstrip()
+        problems.append(f"no network is to be used here; where there is one: {command}")
+        raise RunError("\n".join(dict.fromkeys(problems)))
 
 
 def _make_sure_of_teacher(student: Plan, paths: RunPaths, alone: bool) -> None:

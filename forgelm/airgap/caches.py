@@ -9,8 +9,6 @@ from pathlib import Path
 
 from forgelm.hubcache import datasets_cache, hf_home, hub_cache
 
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
-
 
 @dataclass(frozen=True)
 class Caches:

@@ -16,7 +16,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,10 @@ import threading
 from contextlib import ExitStack, suppress
 from typing import IO, Any, NoReturn
 
-from forgelm.airgap.caches import OFFLINE, Caches
+from forgelm.airgap.caches import Caches
+from forgelm.airgap.cutoff import cut_off
 from forgelm.errors import ConfigError, ForgeError, RunError
+from forgelm.hubcache import OFFLINE
 from forgelm.log import log
 
 _PATIENCE_S = 5.0
@@ -141,7 +142,7 @@ def main() -> NoReturn:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if sys.argv[1] == "offline":
-        _cut_off()
+        cut_off()
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     while True:
@@ -171,18 +172,6 @@ def _answer(line: str) -> str:
         traceback.print_exc()
         text = " ".join(str(error).split())[:_SAID]
         return json.dumps({"error": f"{type(error).__name__}: {text}", "wrong_request": False})
-
-
-def _cut_off() -> None:
-    """No way out of this machine, nor to a server on it."""
-
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise OSError("there is no network here")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        setattr(socket.socket, name, refuse)
-    socket.getaddrinfo = refuse
-    socket.create_connection = refuse
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from forgelm.airgap.check import Finding, Severity
 from forgelm.config.compose import Request
 from forgelm.config.request import Point
 from forgelm.config.schema import WandbMode
-from forgelm.hubcache import CachedRepo, cached_repos, datasets_cache, hub_cache
+from forgelm.hubcache import CachedRepo, cached_repos, datasets_cache, hub_cache, offline
 from forgelm.log import log
 from forgelm.redact import redact
 
@@ -258,7 +258,7 @@ def _hub() -> Iterator[Check]:
 
     from forgelm.hub import token_name
 
-    if environment.offline():
+    if offline():
         text = "HF_HUB_OFFLINE is set: not asked"
         yield Check("hub", Status.info, text, "forgelm doctor --offline looks at the caches")
         return

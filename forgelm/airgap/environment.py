@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgelm.hubcache import datasets_cache, hf_home, hub_cache
+from forgelm.hubcache import datasets_cache, hf_home, hub_cache, is_on, offline
 
 PREFIXES = ("HF_", "TRANSFORMERS_", "HUGGING", "FORGELM_")
 OURS = (
@@ -22,7 +22,6 @@ OURS = (
 _PLACES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 _KNOWN = (*_PLACES, "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "HF_TOKEN")
 _SECRET = ("TOKEN", "SECRET", "KEY")
-_YES = ("1", "ON", "YES", "TRUE")
 _LIKE = 0.9
 
 
@@ -42,16 +41,6 @@ def shown(environment: Mapping[str, str] = os.environ) -> list[str]:
         for name, value in sorted(environment.items())
         if name.startswith(PREFIXES)
     ]
-
-
-def is_on(name: str, environment: Mapping[str, str] = os.environ) -> bool:
-    return environment.get(name, "").upper() in _YES
-
-
-def offline(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the hub's clients are told to stay offline; the first that is set counts."""
-    name = "HF_HUB_OFFLINE" if environment.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-    return is_on(name, environment)
 
 
 def troubles(to_be_offline: bool, environment: Mapping[str, str] = os.environ) -> list[Trouble]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgelm.airgap.caches import OFFLINE
+from forgelm.config import lm_index
 from forgelm.config.schema import RunConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
-from forgelm.errors import RunError
 from forgelm.hub import is_local
 from forgelm.hubcache import CachedRepo, datasets_cache, hub_cache
 from forgelm.models.adapters import OWN_BASE, SETTINGS
-from forgelm.prepared import prepared
+from forgelm.prepared import has_prepared, prepared
 
 _MODEL = ("config.json", SETTINGS)
 
@@ -95,7 +92,7 @@ def base_of(model: Model, folder: Path) -> Model | None:
     if not isinstance(named, str):
         return None
     revision = None if model.base else settings.get("revision")
-    return Model(f"{model.role}'s base", named, revision or "main")
+    return Model(f"{model.role}'s base", named, str(revision or "main"))
 
 
 def _json(file: Path) -> dict[str, object] | None:
@@ -106,29 +103,15 @@ def _json(file: Path) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-def offline() -> bool:
-    """Whether Hugging Face's libraries are told not to use the network."""
-    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE)
+def lacking(config: RunConfig, pinned: Mapping[str, str | None]) -> list[str]:
+    """What a run needs and the caches lack, a line each.
 
-
-def check_cached(
-    configs: Sequence[RunConfig], overrides: Sequence[str], pinned: Mapping[str, str | None]
-) -> None:
-    """Refuse runs that can't be without a network: what they need isn't in the caches.
-
-    `pinned`: the commits that the first of them was begun with.
-
-    Raises:
-        RunError: names all that is missing, and the command that fetches it.
+    `pinned`: the commits of the run's repositories, where it was begun already.
     """
-    wanted = needs(configs)
-    problems = [line for one in wanted.models for line in _lacking(one, pinned)]
-    problems += [line for one in wanted.data for line in _unprepared(one, pinned)]
-    if problems:
-        command = f"forgelm cache {shlex.join(overrides)}".rstrip()
-        raise RunError(
-            "\n".join([*problems, f"no network is to be used; where there is one: {command}"])
-        )
+    wanted = needs([config])
+    lines = [line for one in wanted.models for line in _lacking(one, pinned)]
+    lines += [line for one in wanted.data for line in _unprepared(one, pinned)]
+    return lines + [line for one in wanted.tasks for line in _untried(one)]
 
 
 def _lacking(model: Model, pinned: Mapping[str, str | None]) -> Iterator[str]:
@@ -170,6 +153,23 @@ def _unprepared(data: Data, pinned: Mapping[str, str | None]) -> Iterator[str]:
         yield f"{thing}: not in the cache {repo.hub}"
     elif prepared(data.path, data.config, commit) is None:
         yield f"{thing} at {commit[:12]}: not prepared in {datasets_cache()}"
+
+
+def _untried(tasks: Tasks) -> Iterator[str]:
+    """Tasks of lm-eval whose data set was never prepared, whatever else they need."""
+    found = lm_index.find(tasks.names, tasks.include_path)
+    lacks: dict[str, str] = {}
+    for name in tasks.names:
+        for leaf in found.leaves(name) if name in found.entries else []:
+            config = (leaf.entry.config if leaf.entry else {}) | leaf.config
+            path, part = config.get("dataset_path"), config.get("dataset_name")
+            own_files = "data_files" in (config.get("dataset_kwargs") or {})
+            if not isinstance(path, str) or own_files or is_local(path):
+                continue
+            if not has_prepared(path, part):
+                data = f"{path}{f', {part}' if part else ''}"
+                lacks.setdefault(f"lm-eval task {leaf.name}: data set {data}", data)
+    yield from (f"{thing}: not prepared in {datasets_cache()}" for thing in lacks)
 
 
 def cached_commit(repo: CachedRepo, revision: str) -> str | None:

@@ -6,28 +6,27 @@ missing shows at once. Nothing is written but what such a run keeps in the datas
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from forgelm.airgap.cutoff import cut_off
 from forgelm.config.compose import Request, register_schema
 from forgelm.config.request import Point, check_request, teacher_run
 from forgelm.config.schema import KdConfig, RunConfig, TeacherConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError, ForgeError, RunError
+from forgelm.hubcache import OFFLINE
 from forgelm.log import log, quiet_libraries, set_up
 from forgelm.redact import redact
 
-_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _KEPT = ("revisions", "data_fingerprint", "lm_eval_fingerprint")
 _TAIL = 300
 
@@ -66,7 +65,7 @@ def rehearse(request: Request, offline: bool) -> Iterator[Part]:
         "multirun": request.multirun,
         "offline": offline,
     }
-    environment = {**os.environ, **(dict.fromkeys(_OFFLINE, "1") if offline else {})}
+    environment = {**os.environ, **(dict.fromkeys(OFFLINE, "1") if offline else {})}
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "forgelm.airgap.rehearse"],
@@ -107,7 +106,7 @@ def main() -> None:
     os.dup2(2, 1)
     asked: list[str] = []
     if told.pop("offline"):
-        _cut_off(asked)
+        cut_off(asked.append)
     for name in ("config_path", "config_dir"):
         told[name] = Path(told[name]) if told[name] else None
     request = Request(**{**told, "overrides": tuple(told["overrides"])})
@@ -118,34 +117,6 @@ def main() -> None:
         out.write(json.dumps(asdict(replace(part, asked=tuple(dict.fromkeys(asked))))) + "\n")
         out.flush()
         asked.clear()
-
-
-def _cut_off(asked: list[str]) -> None:
-    """Let no socket of this process reach anything but its own machine's files; note who tried."""
-
-    def connect(self: socket.socket, address: Any, /) -> Any:
-        if self.family == socket.AF_UNIX:
-            return plain(self, address)
-        refuse(address)
-
-    def connect_ex(self: socket.socket, address: Any, /) -> Any:
-        if self.family == socket.AF_UNIX:
-            return plain_ex(self, address)
-        asked.append(str(address[0]))
-        return errno.ENETUNREACH
-
-    def refuse(address: Any) -> NoReturn:
-        asked.append(str(address[0]))
-        raise OSError(errno.ENETUNREACH, "forgelm doctor --offline lets nothing through")
-
-    def getaddrinfo(host: Any, *rest: Any, **more: Any) -> NoReturn:
-        asked.append(str(host))
-        raise socket.gaierror(socket.EAI_FAIL, "forgelm doctor --offline lets nothing through")
-
-    plain, plain_ex = socket.socket.connect, socket.socket.connect_ex
-    socket.socket.connect = connect  # type: ignore[assignment,method-assign]
-    socket.socket.connect_ex = connect_ex  # type: ignore[assignment,method-assign]
-    socket.getaddrinfo = getaddrinfo
 
 
 def _parts(points: list[Point], request: Request) -> Iterator[Part]:

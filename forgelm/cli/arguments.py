@@ -22,6 +22,15 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+class WithOverrides(Parser):
+    """Leaves Hydra's overrides and flags to Hydra, in `words`."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, words = self.parse_known_args(args, namespace)
+        known.words = words
+        return known
+
+
 def parser(name: str, description: str) -> Parser:
     """A parser with the options that every such command has."""
     made = Parser(prog=f"forgelm {name}", description=description)

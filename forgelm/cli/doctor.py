@@ -8,26 +8,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from forgelm.cli.arguments import Failed, Parser, answer, cache_parser, listen
+from forgelm.cli.arguments import Failed, WithOverrides, answer, cache_parser, listen
 
 _COLOURS = {"ok": "32", "info": "36", "warn": "33", "fail": "31", "crash": "31"}
 _BAD = ("fail", "crash")
-
-
-class _WithOverrides(Parser):
-    """Leaves Hydra's overrides and flags to Hydra."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, words = self.parse_known_args(args, namespace)
-        known.words = words
-        return known
 
 
 def main(argv: Sequence[str]) -> int:
     made = cache_parser(
         "doctor",
         "Is this machine able to do this? With Hydra's overrides: this very run? docs/doctor.md.",
-        _WithOverrides,
+        WithOverrides,
     )
     made.usage = "forgelm doctor [--offline [--deep]] [OPTIONS] [OVERRIDES]"
     made.add_argument(

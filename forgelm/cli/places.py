@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from forgelm.errors import ConfigError
+from forgelm.hubcache import OFFLINE, is_on
 from forgelm.log import log
-
-_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def chosen_cache(output: str | None, usual: Path, variable: str) -> Path:
@@ -38,8 +37,8 @@ def carried(
 
 def refuse_offline(command: str) -> None:
     """What fetches from the hub can't work where the hub's clients are told to stay offline."""
-    for name in _OFFLINE:
-        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+    for name in OFFLINE:
+        if is_on(name):
             raise ConfigError(
                 f"{name}={os.environ[name]}: {command} fetches from the hub; unset it here"
             )

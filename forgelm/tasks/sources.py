@@ -17,9 +17,11 @@ from forgelm.config.schema import TaskConfig
 from forgelm.config.validate import EMBEDDED
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
+from forgelm.hubcache import datasets_cache, offline
+from forgelm.prepared import load_prepared, prepared
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, DatasetDict, IterableDataset
 
 _PART_SEED = 0
 _STREAMS = {
@@ -60,7 +62,11 @@ def open_stream(
         return stream, {task.validation_splits[0]: read_file(other)}, known
     name = str(task.dataset)
     with explained(f"data set {name}"):
-        streams = load_dataset(name, task.dataset_config, revision=revision, streaming=True)
+        here = _at_commit(task, revision)
+        if here is not None:
+            streams = {split: rows.to_iterable_dataset() for split, rows in here.items()}
+        else:
+            streams = load_dataset(name, task.dataset_config, revision=revision, streaming=True)
         held_out = {
             split: Dataset.from_list(list(streams[split]), features=streams[split].features)
             for split in task.validation_splits
@@ -132,7 +138,9 @@ def _from_hub(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset
     name = str(task.dataset)
     try:
         with explained(f"data set {name}"):
-            found = load_dataset(name, task.dataset_config, revision=revision)
+            found = _at_commit(task, revision)
+            if found is None:
+                found = load_dataset(name, task.dataset_config, revision=revision)
     except (DatasetNotFoundError, ConnectionError) as error:
         gated = "; ask for access on its page, then set HF_TOKEN" if "gated" in str(error) else ""
         raise RunError(f"data set {name}: {str(error).splitlines()[0]}{gated}") from error
@@ -152,6 +160,26 @@ def _from_hub(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset
     prints = [str(part._fingerprint).encode() for part in splits.values()]
     known = str(revision).encode() if revision else b"".join(prints)
     return splits, digest(known, str(task.dataset_config).encode())
+
+
+def _at_commit(task: TaskConfig, revision: str | None) -> DatasetDict | None:
+    """What was prepared of a data set's commit, where no network is to be used.
+
+    `datasets` would take what it prepared last, whatever the commit.
+
+    Raises:
+        RunError: the cache hasn't got this commit.
+    """
+    if revision is None or not offline():
+        return None
+    folder = prepared(str(task.dataset), task.dataset_config, revision)
+    if folder is None:
+        part = f", {task.dataset_config}" if task.dataset_config else ""
+        raise RunError(
+            f"data set {task.dataset}{part} at {revision[:12]}: not prepared in "
+            f"{datasets_cache()}; fetch it with forgelm cache where there is a network"
+        )
+    return load_prepared(folder)
 
 
 def read_file(path: Path) -> Dataset:
