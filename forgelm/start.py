@@ -152,7 +152,7 @@ def _check_caches(plan: Plan) -> None:
         problems += lacking(one.config, known.get("revisions") or {})
     if problems:
         command = f"forgelm cache {shlex.join(plan.overrides)}".rstrip()
-        problems.append(f"no network is to be used here; where there is one: {command}")
+        problems.append(f"HF_HUB_OFFLINE is set here; where there is a network: {command}")
         raise RunError("\n".join(dict.fromkeys(problems)))
 
 
