@@ -485,7 +485,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         (["--model", ""], "--model : neither a folder here nor a hub id"),
         (["--model", "./none"], "--model ./none: no such folder"),
         (["--model", "org/plain@"], "--model org/plain@: name a revision after the @"),
-        (["--safety", "x y"], "--model x y: neither a folder here nor a hub id"),
+        (["--safety", "x y"], "--safety x y: neither a folder here nor a hub id"),
         (["--models", "x"], "unrecognized arguments"),
         (["--model", "org/plain", "--log-level", "LOUD"], "invalid choice: 'LOUD'"),
         (["--model", "org/plain", "--output", __file__], "cache .*: (File exists|Not a directory)"),
