@@ -62,6 +62,15 @@ def offline(environment: Mapping[str, str] = os.environ) -> bool:
     return is_on(name, environment)
 
 
+def stay_offline() -> None:
+    """Where the hub's clients are told to stay offline, tell all libraries, before any is imported.
+
+    They read it then, and not all of them read the same switch.
+    """
+    if offline():
+        os.environ.update(dict.fromkeys(OFFLINE, "1"))
+
+
 def _path(text: str) -> Path:
     return Path(os.path.expandvars(text)).expanduser().absolute()
 
