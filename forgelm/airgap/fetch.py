@@ -118,6 +118,7 @@ class _Plan:
     tree: dict[str, dict[str, Any]] | None
     """All files as the hub lists them; None if the cache has the list already."""
     licence: str | None
+    left: dict[str, list[Path]]
     verified: dict[str, tuple[int, int]] = field(default_factory=dict)
     error: ForgeError | None = None
     open: int = 0
@@ -242,6 +243,7 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
             _selected(wanted, known),
             listed,
             _licence(info),
+            _left_over(repo),
             record.verified,
         )
     except ForgeError as error:
@@ -402,25 +404,26 @@ def _settle(plan: _Plan, path: str, line: Line) -> None:
         line.said(f"{thing}: the cache holds other bytes than the hub's hash promises; fetched")
     # Also a link into nowhere, or to bytes that another repository shares.
     blob.unlink(missing_ok=True)
-    _adopt(blob)
+    _adopt(blob, plan.left.get(entry.blob, []))
     url = hf_hub_url(plan.wanted.repo_id, path, repo_type=plan.wanted.kind, revision=plan.commit)
     transfer(line, thing, url, blob, entry)
-    for left in _left_of(blob):
-        left.unlink(missing_ok=True)
     plan.verified[entry.blob] = stamp(blob)
 
 
-def _adopt(blob: Path) -> None:
+def _adopt(blob: Path, left: Sequence[Path]) -> None:
     """What the hub's own client left of this blob when it was killed is as good as ours."""
     ours = blob.with_name(blob.name + INCOMPLETE)
-    if not ours.exists():
-        largest = max(_left_of(blob), key=lambda path: path.stat().st_size, default=None)
-        if largest is not None:
-            os.replace(largest, ours)
+    others = [path for path in left if path != ours and path.exists()]
+    if others and not ours.exists():
+        os.replace(max(others, key=lambda path: path.stat().st_size), ours)
 
 
-def _left_of(blob: Path) -> list[Path]:
-    return list(blob.parent.glob(f"{blob.name}.*{INCOMPLETE}"))
+def _left_over(repo: CachedRepo) -> dict[str, list[Path]]:
+    """What interrupted transfers left, by the blob that it is a part of."""
+    found: dict[str, list[Path]] = {}
+    for path in repo.blob("").glob(f"*{INCOMPLETE}"):
+        found.setdefault(path.name.partition(".")[0], []).append(path)
+    return found
 
 
 def _lock(repo: CachedRepo, blob: str) -> Any:
@@ -477,6 +480,7 @@ def _seal(plan: _Plan) -> None:
 
 def _sweep(repo: CachedRepo) -> None:
     """Remove what interrupted transfers left of blobs that are whole by now."""
-    for left in repo.blob("").glob(f"*{INCOMPLETE}"):
-        if repo.blob(left.name.partition(".")[0]).exists():
-            left.unlink(missing_ok=True)
+    for name, left in _left_over(repo).items():
+        if repo.blob(name).exists():
+            for path in left:
+                path.unlink(missing_ok=True)
