@@ -37,7 +37,7 @@ _ROUNDS_ASKED = 5
 _ATTEMPTS = 3
 _REDIRECTS = 5
 _AGAIN = (408, 429, 500, 502, 503, 504)
-_BLOCK, _BLOCKS, _FLUSH = 1 << 16, 16, 1 << 27
+_BLOCK, _BLOCKS = 1 << 16, 16
 _QUIET_S = 5.0
 
 
@@ -348,7 +348,7 @@ class _Sink:
         self.line.moved(len(block))
 
     def pour(self, raw: Any) -> None:
-        """Write all that `raw` gives; hashed, and made durable, by threads beside."""
+        """Write all that `raw` gives; a thread hashes beside."""
         free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         for _ in range(_BLOCKS):
@@ -359,9 +359,8 @@ class _Sink:
                 self.hash.update(block)
                 free.put(block.obj)  # type: ignore[arg-type]
 
-        with ThreadPoolExecutor(2) as beside:
+        with ThreadPoolExecutor(1) as beside:
             hashed = beside.submit(hash_all)
-            flushed, due = None, self.size + _FLUSH
             try:
                 while count := raw.readinto(buffer := free.get()):
                     block = memoryview(buffer)[:count]
@@ -369,13 +368,9 @@ class _Sink:
                     full.put(block)
                     if self.size > self.entry.size:
                         break
-                    if self.size >= due and (flushed is None or flushed.done()):
-                        flushed, due = beside.submit(os.fdatasync, self.file), self.size + _FLUSH
             finally:
                 full.put(None)
                 hashed.result()
-        if flushed is not None:
-            flushed.result()
 
     def restart(self) -> None:
         """Begin anew from the first byte."""
