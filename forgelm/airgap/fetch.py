@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forgelm.airgap.transfer import INCOMPLETE, Line, transfer
+from forgelm.airgap.transfer import INCOMPLETE, Line, patience_s, transfer
 from forgelm.errors import ConfigError, ForgeError, RunError
-from forgelm.hub import explained, is_commit
+from forgelm.hub import RECORD, explained, is_commit, lock
 from forgelm.hubcache import CachedRepo, Entry, hash_of, stamp
 from forgelm.run.files import write_json, write_text
 
@@ -156,9 +156,10 @@ def fetch(
     What fails doesn't stop the others. What came of an interrupted try is gone on with.
 
     Raises:
-        ConfigError: `hub` can't be a cache.
+        ConfigError: `hub` can't be a cache, or FORGELM_HUB_PATIENCE isn't a number.
     """
     shown = progress or Progress()
+    patience_s()
     line = Line(shown.say, shown.move)
     _check_folder(hub)
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="fetch") as pool:
@@ -373,7 +374,7 @@ def _bring(plan: _Plan, path: str, line: Line, shown: Progress) -> None:
     entry = plan.entries[path]
     with _blamed(plan):
         if not plan.is_right(entry.blob):
-            with explained(f"{plan.wanted.name}, {path}"), _lock(plan.repo, entry.blob):
+            with explained(f"{plan.wanted.name}, {path}"), lock(plan.repo, entry.blob):
                 _settle(plan, path, line)
         _link(plan.repo.blob(entry.blob), plan.repo.snapshot(plan.commit) / path)
         with plan.lock:
@@ -387,7 +388,7 @@ def _bring(plan: _Plan, path: str, line: Line, shown: Progress) -> None:
 
 def _settle(plan: _Plan, path: str, line: Line) -> None:
     """A blob that is there is checked, one that isn't is fetched. Under its lock."""
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
 
     entry, repo = plan.entries[path], plan.repo
     blob, name = repo.blob(entry.blob), repo.snapshot(plan.commit) / path
@@ -404,6 +405,11 @@ def _settle(plan: _Plan, path: str, line: Line) -> None:
         line.said(f"{thing}: the cache holds other bytes than the hub's hash promises; fetched")
     # Also a link into nowhere, or to bytes that another repository shares.
     blob.unlink(missing_ok=True)
+    if entry.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        raise RunError(
+            f"{thing}: is larger than what the hub gives by HTTP; bring it with hf download "
+            f"{plan.wanted.repo_id} {path}, and run this again: it is checked then"
+        )
     _adopt(blob, plan.left.get(entry.blob, []))
     url = hf_hub_url(plan.wanted.repo_id, path, repo_type=plan.wanted.kind, revision=plan.commit)
     transfer(line, thing, url, blob, entry)
@@ -426,14 +432,6 @@ def _left_over(repo: CachedRepo) -> dict[str, list[Path]]:
     return found
 
 
-def _lock(repo: CachedRepo, blob: str) -> Any:
-    """The lock that huggingface_hub takes to write a blob."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    repo.locks.mkdir(parents=True, exist_ok=True)
-    return WeakFileLock(repo.locks / f"{blob}.lock")
-
-
 def _link(blob: Path, name: Path) -> None:
     """Make `name` a link to `blob`, in one step."""
     target = os.path.relpath(blob, name.parent)
@@ -449,7 +447,7 @@ def _link(blob: Path, name: Path) -> None:
 def _seal(plan: _Plan) -> None:
     """All files are there and right: write what names them, and remember it."""
     repo, revision = plan.repo, plan.wanted.revision
-    with _lock(repo, "forgelm"):
+    with lock(repo, RECORD):
         record = repo.record()
         if plan.commit not in record.wanted or plan.tree is not None:
             os.sync()

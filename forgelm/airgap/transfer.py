@@ -17,7 +17,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
-from forgelm.errors import RunError
+from forgelm.errors import ConfigError, RunError
 from forgelm.hubcache import Entry, chunks, hasher
 from forgelm.run.files import flush, readable
 
@@ -101,12 +101,31 @@ class Line:
                 patience.spend(error)
 
 
+def patience_s() -> float:
+    """Seconds from the environment.
+
+    Raises:
+        ConfigError: it isn't a number of them.
+    """
+    given = os.environ.get(PATIENCE) or str(_PATIENCE_S)
+    try:
+        seconds = float(given)
+        if not 0 <= seconds < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"{PATIENCE}={given}: must be a number of seconds, 0 or more; unset it for "
+            f"{_PATIENCE_S:g}"
+        ) from None
+    return seconds
+
+
 class _Patience:
     """Waits grow from try to try; a byte that came renews it."""
 
     def __init__(self, line: Line, thing: str) -> None:
         self.line, self.thing = line, thing
-        self.limit = float(os.environ.get(PATIENCE) or _PATIENCE_S)
+        self.limit = patience_s()
         self.renew()
 
     def renew(self) -> None:
