@@ -18,13 +18,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgelm.airgap.transfer import INCOMPLETE, Line, patience_s, transfer
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import RECORD, explained, is_commit, lock
 from forgelm.hubcache import CachedRepo, Entry, hash_of, stamp
-from forgelm.run.files import write_json, write_text
+from forgelm.run.files import HALF_WRITTEN, write_json, write_text
+
+if TYPE_CHECKING:
+    import httpx2
 
 _OTHER_FORMATS = (
     "*.h5",
@@ -210,7 +213,7 @@ def _check_folder(hub: Path) -> None:
 
 def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
     """What the hub says of a repository: its commit, its files, whether it is open to us."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     api = HfApi(library_name="forgelm")
     repo = CachedRepo(hub, wanted.kind, wanted.repo_id)
@@ -223,12 +226,15 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
         with explained(wanted.name):
             info = ask(
                 lambda: api.repo_info(
-                    wanted.repo_id, revision=wanted.revision, repo_type=wanted.kind
+                    wanted.repo_id,
+                    revision=wanted.revision,
+                    repo_type=wanted.kind,
+                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
                 )
             )
             commit = str(info.sha)
             if getattr(info, "gated", False):
-                ask(lambda: api.auth_check(wanted.repo_id, repo_type=wanted.kind))
+                ask(partial(_answer, f"{_api(wanted)}/auth-check"))
             known = repo.tree(commit) if commit in record.wanted else None
             listed = None
             if known is None:
@@ -263,10 +269,7 @@ def _listed(
     wanted: Wanted, commit: str, ask: Callable[[Callable[[], Any]], Any]
 ) -> dict[str, dict[str, Any]]:
     """All files of a commit, as huggingface_hub keeps such a list."""
-    from huggingface_hub import constants
-
-    url: str | None
-    url = f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.repo_id}/tree/{commit}?recursive=true"
+    url: str | None = f"{_api(wanted)}/tree/{commit}?recursive=true"
     files: dict[str, dict[str, Any]] = {}
     while url:
         page, url = ask(partial(_page, url))
@@ -283,6 +286,18 @@ def _listed(
 
 def _page(url: str) -> tuple[list[dict[str, Any]], str | None]:
     """A page of a list, and where the next one is."""
+    response = _answer(url)
+    return response.json(), response.links.get("next", {}).get("url")
+
+
+def _api(wanted: Wanted) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.repo_id}"
+
+
+def _answer(url: str) -> httpx2.Response:
+    """The hub's answer; what is none is raised."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -293,7 +308,7 @@ def _page(url: str) -> tuple[list[dict[str, Any]], str | None]:
     headers = build_hf_headers(library_name="forgelm")
     response = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     hf_raise_for_status(response)
-    return response.json(), response.links.get("next", {}).get("url")
+    return response
 
 
 def _selected(wanted: Wanted, known: dict[str, Entry]) -> dict[str, Entry]:
@@ -376,7 +391,7 @@ def _bring(plan: _Plan, path: str, line: Line, shown: Progress) -> None:
         if not plan.is_right(entry.blob):
             with explained(f"{plan.wanted.name}, {path}"), lock(plan.repo, entry.blob):
                 _settle(plan, path, line)
-        _link(plan.repo.blob(entry.blob), plan.repo.snapshot(plan.commit) / path)
+        _link(plan.repo, entry.blob, plan.repo.snapshot(plan.commit) / path)
         with plan.lock:
             plan.open -= 1
             last = not plan.open
@@ -391,6 +406,9 @@ def _settle(plan: _Plan, path: str, line: Line) -> None:
     from huggingface_hub import constants, hf_hub_url
 
     entry, repo = plan.entries[path], plan.repo
+    if plan.is_right(entry.blob):
+        # Another file of these bytes came first.
+        return
     blob, name = repo.blob(entry.blob), repo.snapshot(plan.commit) / path
     thing = f"{plan.wanted.name}, {path}"
     if not blob.exists() and name.is_file() and not name.is_symlink():
@@ -432,13 +450,15 @@ def _left_over(repo: CachedRepo) -> dict[str, list[Path]]:
     return found
 
 
-def _link(blob: Path, name: Path) -> None:
-    """Make `name` a link to `blob`, in one step."""
-    target = os.path.relpath(blob, name.parent)
+def _link(repo: CachedRepo, blob: str, name: Path) -> None:
+    """Make `name` a link to a blob, in one step."""
+    target = os.path.relpath(repo.blob(blob), name.parent)
     if name.is_symlink() and os.readlink(name) == target:
         return
     name.parent.mkdir(parents=True, exist_ok=True)
-    beside = name.with_name(f".{name.name}.{threading.get_ident()}.link")
+    repo.locks.mkdir(parents=True, exist_ok=True)
+    # Not where it would be taken for content if this process were killed now.
+    beside = repo.locks / f"{os.getpid()}-{threading.get_ident()}.link"
     beside.unlink(missing_ok=True)
     os.symlink(target, beside)
     os.replace(beside, name)
@@ -482,3 +502,6 @@ def _sweep(repo: CachedRepo) -> None:
         if repo.blob(name).exists():
             for path in left:
                 path.unlink(missing_ok=True)
+    for folder in (repo.ref(""), repo.tree_file("").parent):
+        for path in folder.rglob(f".*{HALF_WRITTEN}"):
+            path.unlink(missing_ok=True)
