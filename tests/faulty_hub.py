@@ -68,6 +68,12 @@ def cut(after: int, drop: str = "reset") -> Action:
     return act
 
 
+def late(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """No answer for longer than a client waits."""
+    time.sleep(2)
+    return response
+
+
 def reset(hub: FaultyHub, request: Request, response: Response) -> Response:
     """The connection is reset before any answer."""
     raise Dropped(reset=True)
