@@ -1,4 +1,6 @@
-"""docs/cache.md: its examples are run as a person types them, and print what it says."""
+"""Commands as the pages have them, typed by a person: they print what docs/cache.md says, and
+README's way across the air gap ends with a trained model.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,7 @@ import json, sys
 print(json.dumps(json.load(sys.stdin)[sys.argv[1].removeprefix(".")]))
 """
 
+LABELS = ("contradiction", "neutral", "entailment")
 EXAMPLES = [
     example
     for block in re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -39,8 +42,12 @@ def hub() -> Iterator[HubServer]:
         serve_models(served)
         serve_lm_eval(served)
         served.add_repo("dataset", "nyu-mll/glue", glue_repo())
-        served.add_repo("model", "distilbert/distilbert-base-uncased", model_repo(head=False))
-        served.add_repo("model", "FacebookAI/roberta-large-mnli", model_repo(3))
+        student, teacher = (
+            model_repo(head=False, positions=128),
+            model_repo(3, LABELS, positions=128),
+        )
+        served.add_repo("model", "distilbert/distilbert-base-uncased", student)
+        served.add_repo("model", "FacebookAI/roberta-large-mnli", teacher)
         yield served
 
 
@@ -67,16 +74,19 @@ class Shell:
             "NO_PROXY": "127.0.0.1,localhost",
         }
 
-    def __call__(self, command: str) -> str:
-        """What a command prints, less INFO lines: warnings, stdout, errors."""
-        done = subprocess.run(
-            ["bash", "-c", command],
+    def run(self, script: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", script],
             cwd=self.home,
-            env=self.environment,
+            env=self.environment | more,
             capture_output=True,
             text=True,
             timeout=240,
         )
+
+    def __call__(self, command: str) -> str:
+        """What a command prints, less INFO lines: warnings, stdout, errors."""
+        done = self.run(command)
         said = done.stderr.splitlines(keepends=True)
         warnings = [line for line in said if line.startswith("warning: ")]
         errors = [line for line in said if line.startswith("forgelm: ")]
@@ -116,3 +126,26 @@ def test_the_page_has_every_flag(command: str, shell: Shell) -> None:
     named = re.findall(r"^\| `(?:-q`, `)?(--[a-z-]+)", general + own, re.MULTILINE)
     offered = re.findall(r"^  (?:-\w, )?(--[a-z-]+)", shell(f"forgelm {command} --help"), re.M)
     assert sorted(named) == sorted(set(offered) - {"--help"})
+
+
+def test_across_the_air_gap_as_the_readme_says(
+    hub: HubServer, shell: Shell, tmp_path: Path
+) -> None:
+    """The other side has no network, and a home of its own."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## Without internet\n")[2]
+    block = re.search(r"```\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    here, arrives, there = block[1].partition("forgelm import")
+    packed = shell.run(f"set -e\n{here}")
+    assert packed.returncode == 0, packed.stderr
+    other = Shell(tmp_path, "http://127.0.0.1:9")
+    for part in shell.home.glob("all.tar*"):
+        shutil.move(part, other.home)
+    hub.clear_requests()
+    done = other.run(f"set -e\n{arrives}{there}", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert hub.requests == []
+    assert " fail " not in done.stdout
+    (model,) = other.home.glob("outputs/mnli/distilbert/kd/*/model.safetensors")
+    assert model.stat().st_size > 0
