@@ -532,6 +532,15 @@ def test_folders_are_checked_and_not_copied(hub: FaultyHub, cache: Any, tmp_path
     assert "no model, as it has no config.json and no adapter_config.json" in nothing["error"]
 
 
+def test_an_adapter_is_named_with_its_base(hub: FaultyHub, cache: Any) -> None:
+    settings = {"base_model_name_or_path": "org/plain", "peft_type": "LORA"}
+    files = {"adapter_config.json": json.dumps(settings).encode(), "adapter_model.bin": b"1"}
+    hub.add_repo("model", "org/adapter", files)
+    alone, both = cache("org/adapter"), cache("org/adapter", "org/plain")
+    assert "org/adapter is an adapter of org/plain: add --model org/plain" in alone.result.err
+    assert "is an adapter" not in both.result.err
+
+
 def test_text_of_the_reference(hub: FaultyHub, child: Child, tmp_path: Path) -> None:
     into = tmp_path / "hub"
     words = ("--model", "org/plain", "--safety", "org/other", "--output", str(into))
