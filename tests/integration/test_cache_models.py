@@ -34,6 +34,7 @@ from faulty_hub import (
     flip,
     late,
     lengthen,
+    listing,
     login_page,
     reset,
     shorten,
@@ -240,6 +241,16 @@ FAILING: dict[str, tuple[str, Action, str]] = {
         "the hub has no such file",
     ),
     "redirects without end": (FILE, around, "redirects more than 5 times"),
+    "a file outside": (
+        TREE,
+        listing(b'"big.bin"', b'"../../../../big.bin"'),
+        "the hub lists a file outside of it, '../../../../big.bin'; refused",
+    ),
+    "a hash that is a path": (
+        TREE,
+        listing(hashlib.sha256(BIG).hexdigest().encode(), b"../../../escaped"),
+        "the hub gives no hash of big.bin; refused",
+    ),
     "a login page": (INFO, login_page, "answers what isn't JSON"),
     "a list that isn't JSON": (TREE, login_page, "answers what isn't JSON"),
 }
