@@ -261,8 +261,8 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
         return Missed(
             wanted,
             RunError(
-                f"{wanted.name}: the hub answers what isn't JSON of its kind; look at HF_ENDPOINT, and for a "
-                "login page of this network"
+                f"{wanted.name}: the hub answers what isn't JSON of its kind; look at HF_ENDPOINT, "
+                "and for a login page of this network"
             ),
         )
 
