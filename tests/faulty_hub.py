@@ -114,6 +114,17 @@ def around(hub: FaultyHub, request: Request, response: Response) -> Response:
     return Response(302, {"Location": request.path, "Content-Length": "0"})
 
 
+def listing(old: bytes, new: bytes) -> Action:
+    """A list of files in which something else stands."""
+
+    def act(hub: FaultyHub, request: Request, response: Response) -> Response:
+        content = b"".join(response.body).replace(old, new)
+        headers = response.headers | {"Content-Length": str(len(content))}
+        return Response(response.status, headers, [content])
+
+    return act
+
+
 def login_page(hub: FaultyHub, request: Request, response: Response) -> Response:
     """What a hotel's network answers to everything."""
     page = b"<html>Please log in</html>"

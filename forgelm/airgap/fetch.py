@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import threading
 import time
@@ -46,6 +47,7 @@ _OTHER_FORMATS = (
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAFE = "*.safetensors"
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _TREE_FORMAT = 1
 _WORKERS = 8
 
@@ -247,7 +249,7 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
             wanted,
             repo,
             commit,
-            _selected(wanted, known),
+            _selected(wanted, commit, known),
             listed,
             _licence(info),
             _left_over(repo),
@@ -255,12 +257,12 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
         )
     except ForgeError as error:
         return Missed(wanted, error)
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError):
         return Missed(
             wanted,
             RunError(
-                f"{wanted.name}: the hub answers what isn't JSON; look at HF_ENDPOINT, and for a "
-                "login page of this network"
+                f"{wanted.name}: the hub answers what isn't JSON of its kind; look at HF_ENDPOINT, "
+                "and for a login page of this network"
             ),
         )
 
@@ -311,10 +313,15 @@ def _answer(url: str) -> httpx2.Response:
     return response
 
 
-def _selected(wanted: Wanted, known: dict[str, Entry]) -> dict[str, Entry]:
-    for path in known:
-        if path.startswith("/") or ".." in path.split("/"):
+def _selected(wanted: Wanted, commit: str, known: dict[str, Entry]) -> dict[str, Entry]:
+    """The files that are wanted; names become paths here, so they are looked at first."""
+    for path, entry in known.items():
+        if path.startswith("/") or {"", ".", ".."} & set(path.split("/")):
             raise RunError(f"{wanted.name}: the hub lists a file outside of it, {path!r}; refused")
+        if not _HASH.fullmatch(entry.blob):
+            raise RunError(f"{wanted.name}: the hub gives no hash of {path}; refused")
+    if not is_commit(commit):
+        raise RunError(f"{wanted.name}: the hub names no commit, but {commit!r}; refused")
     if wanted.for_torch:
         safe = any(fnmatch(path, _SAFE) and "/" not in path for path in known)
         left_out = _OTHER_FORMATS + (_PICKLES if safe else ())
