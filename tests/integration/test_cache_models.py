@@ -604,9 +604,10 @@ def test_without_an_operator_it_goes_on_without_a_log(
     assert "FORGELM_OPERATOR" not in got.result.err
 
 
-def test_offline_it_says_so(hub: FaultyHub, tmp_path: Path) -> None:
-    other = Child(tmp_path, tmp_path, hub.url, offline=True)
+@pytest.mark.parametrize("switch", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_it_says_so(hub: FaultyHub, tmp_path: Path, switch: str) -> None:
+    other = Child(tmp_path, tmp_path, hub.url, **{"HF_HUB_OFFLINE": "", switch: "1"})
     result = other("cache-models", "--model", "org/plain")
     other.close()
     assert result.code == 1
-    assert "HF_HUB_OFFLINE=1: cache-models fetches from the hub; unset it here" in result.err
+    assert f"{switch}=1: cache-models fetches from the hub; unset it here" in result.err
