@@ -262,27 +262,35 @@ def _gemma3(folder: Path) -> None:
 
 
 def _smolvlm(folder: Path) -> None:
+    """With a file each for the processor, its images and its template, as they were first saved."""
     save_smolvlm(folder)
+    both = json.loads((folder / "processor_config.json").read_text())
+    images = both.pop("image_processor") | {"image_processor_type": "Idefics3ImageProcessor"}
+    template = {"chat_template": (folder / "chat_template.jinja").read_text()}
+    (folder / "chat_template.jinja").unlink()
+    parts = {"processor_config": both, "preprocessor_config": images, "chat_template": template}
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part))
 
 
 def _trocr_base(folder: Path) -> None:
     made = _pairs("RobertaTokenizer", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     made.save_pretrained(folder)
-    _trocr(folder, "ViT", made)
+    _trocr(folder, "ViT", made, processor_class="TrOCRProcessor")
 
 
 def _trocr_small(folder: Path) -> None:
-    """Its tokenizer is one of sentencepiece, and nothing else is there."""
+    """Its tokenizer is one of sentencepiece, and nothing names the class of its processor."""
     from transformers import XLMRobertaTokenizer
 
     (folder / "sentencepiece.bpe.model").write_bytes(_sentencepiece())
     settings = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    _trocr(folder, "DeiT", XLMRobertaTokenizer.from_pretrained(folder), pickled=True)
+    _trocr(folder, "DeiT", XLMRobertaTokenizer.from_pretrained(folder))
 
 
-def _trocr(folder: Path, encoder: str, words: Any, *, pickled: bool = False) -> None:
-    """What begins and ends a text is said of the decoder alone."""
+def _trocr(folder: Path, encoder: str, words: Any, **more: Any) -> None:
+    """`more` is of the file of what prepares images."""
     import transformers
     from transformers import TrOCRConfig, VisionEncoderDecoderConfig
 
@@ -307,17 +315,16 @@ def _trocr(folder: Path, encoder: str, words: Any, *, pickled: bool = False) -> 
         **_marks(words),
     )
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(seen, written)
-    _save(folder, "VisionEncoderDecoderModel", config, pickled=pickled)
+    _save(folder, "VisionEncoderDecoderModel", config, pickled=True)
     images = {
         "do_normalize": True,
         "do_resize": True,
         "feature_extractor_type": f"{encoder}FeatureExtractor",
         "image_mean": [0.5] * 3,
-        "image_processor_type": f"{encoder}ImageProcessor",
         "image_std": [0.5] * 3,
         "resample": 2,
         "size": {"height": SIDE, "width": SIDE},
-    } | ({"do_center_crop": False} if encoder == "DeiT" else {})
+    } | more
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
 
 
