@@ -7,10 +7,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from forgelm.errors import RunError
 from forgelm.hubcache import CachedRepo
 from forgelm.run.files import write_text
+
+RECORD = "forgelm"
+"""Whose lock is held while forgelm's record of a repository changes."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -64,6 +68,14 @@ def pin(repo_id: str, revision: str, kind: str) -> str | None:
     # Loading by commit leaves no such record, and offline the name is all there is to go by.
     write_text(repo.ref(revision), commit)
     return commit
+
+
+def lock(repo: CachedRepo, name: str) -> Any:
+    """The lock under which huggingface_hub writes the blob `name`, or of RECORD; a context."""
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    repo.locks.mkdir(parents=True, exist_ok=True)
+    return WeakFileLock(repo.locks / f"{name}.lock")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from forgelm.run.files import write_json
+from forgelm.run.files import HALF_WRITTEN, write_json
 
 KINDS = ("model", "dataset", "space")
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -60,6 +60,15 @@ def offline(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the hub's clients are told to stay offline; the first that is set counts."""
     name = "HF_HUB_OFFLINE" if environment.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
     return is_on(name, environment)
+
+
+def stay_offline() -> None:
+    """Where the hub's clients are told to stay offline, tell all libraries, before any is imported.
+
+    They read it then, and not all of them read the same switch.
+    """
+    if offline():
+        os.environ.update(dict.fromkeys(OFFLINE, "1"))
 
 
 def _path(text: str) -> Path:
@@ -127,7 +136,9 @@ class CachedRepo:
     def refs(self) -> dict[str, str]:
         """The commit that each branch or tag stood for."""
         root = self.folder / "refs"
-        files = sorted(path for path in root.rglob("*") if path.is_file())
+        files = sorted(
+            path for path in root.rglob("*") if path.is_file() and path.suffix != HALF_WRITTEN
+        )
         return {path.relative_to(root).as_posix(): path.read_text().strip() for path in files}
 
     def commits(self) -> list[str]:

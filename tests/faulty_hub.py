@@ -68,6 +68,12 @@ def cut(after: int, drop: str = "reset") -> Action:
     return act
 
 
+def late(hub: FaultyHub, request: Request, response: Response) -> Response:
+    """No answer for longer than a client waits."""
+    time.sleep(2)
+    return response
+
+
 def reset(hub: FaultyHub, request: Request, response: Response) -> Response:
     """The connection is reset before any answer."""
     raise Dropped(reset=True)
@@ -106,6 +112,17 @@ def without_ranges(hub: FaultyHub, request: Request, response: Response) -> Resp
 def around(hub: FaultyHub, request: Request, response: Response) -> Response:
     """A redirect to itself."""
     return Response(302, {"Location": request.path, "Content-Length": "0"})
+
+
+def listing(old: bytes, new: bytes) -> Action:
+    """A list of files in which something else stands."""
+
+    def act(hub: FaultyHub, request: Request, response: Response) -> Response:
+        content = b"".join(response.body).replace(old, new)
+        headers = response.headers | {"Content-Length": str(len(content))}
+        return Response(response.status, headers, [content])
+
+    return act
 
 
 def login_page(hub: FaultyHub, request: Request, response: Response) -> Response:

@@ -15,6 +15,7 @@ from forgelm.airgap.caches import Caches
 from forgelm.airgap.child import Child, ChildDied
 from forgelm.airgap.fetch import Landed, Missed, Progress, Wanted, fetch
 from forgelm.errors import ConfigError, ForgeError, RunError
+from forgelm.hub import RECORD, lock
 from forgelm.hubcache import CachedRepo, hash_of, stamp
 from forgelm.log import log
 from forgelm.prepared import prepared as prepared
@@ -186,8 +187,10 @@ def discard_wrong(repo: CachedRepo) -> list[str]:
             path.unlink()
             wrong.append(name)
     if seen != record.verified:
-        record.verified = seen
-        repo.write_record(record)
+        with lock(repo, RECORD):
+            record = repo.record()
+            record.verified |= seen
+            repo.write_record(record)
     return wrong
 
 

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from importlib import metadata
@@ -19,6 +19,7 @@ from typing import Any
 from forgelm import __version__, slurm
 from forgelm.airgap import check, environment
 from forgelm.airgap.check import Finding, Severity
+from forgelm.airgap.needs import base_of, cached_commit, needs
 from forgelm.config.compose import Request
 from forgelm.config.request import Point
 from forgelm.config.schema import WandbMode
@@ -302,15 +303,39 @@ def _hub_content(asked: Asked) -> Iterator[Check]:
         remedy = "forgelm cache OVERRIDES, or forgelm cache-models, on a machine with a network"
         text = f"{hub} holds nothing: only embedded tasks and tiny models run without it"
         yield Check("hub cache", Status.warn, text, remedy)
+    needed = _needed(asked.points)
     for repo in repos:
         if asked.deep:
             log.info(f"hashing {check.thing(repo)}")
-        yield from _guarded(check.thing(repo), partial(_repo, repo, asked.deep))
+        matters = needed is None or (repo.kind, repo.repo_id) in needed
+        yield from _guarded(check.thing(repo), partial(_repo, repo, asked.deep, matters))
 
 
-def _repo(repo: CachedRepo, deep: bool) -> Iterator[Check]:
+def _needed(points: Sequence[Point]) -> set[tuple[str, str]] | None:
+    """The repositories that the runs asked for need; None where none are asked for."""
+    if not points:
+        return None
+    wanted = needs(point.config for point in points)
+    models, names = list(wanted.models), {("dataset", data.path) for data in wanted.data}
+    for model in models:
+        folder: Path | None = Path(model.path).expanduser()
+        if folder is not None and not folder.is_dir():
+            names.add(("model", model.path))
+            repo = CachedRepo(hub_cache(), "model", model.path)
+            commit = cached_commit(repo, model.revision)
+            folder = repo.snapshot(commit) if commit else None
+        base = base_of(model, folder) if folder is not None else None
+        if base is not None:
+            models.append(base)
+    return names
+
+
+def _repo(repo: CachedRepo, deep: bool, matters: bool) -> Iterator[Check]:
+    """What is wrong with a repository; none of it bars runs that don't need it."""
     findings = check.problems(repo, deep)
-    yield from map(_as_check, findings)
+    for found in map(_as_check, findings):
+        barring = found.status is Status.fail and not matters
+        yield replace(found, status=Status.warn) if barring else found
     if not findings:
         names = ", ".join(repo.refs()) or "no name"
         whole = "all bytes hashed" if deep else "verified"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import threading
 import time
@@ -18,13 +19,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from forgelm.airgap.transfer import INCOMPLETE, Line, transfer
+from forgelm.airgap.transfer import INCOMPLETE, Line, patience_s, transfer
 from forgelm.errors import ConfigError, ForgeError, RunError
-from forgelm.hub import explained, is_commit
+from forgelm.hub import RECORD, explained, is_commit, lock
 from forgelm.hubcache import CachedRepo, Entry, hash_of, stamp
-from forgelm.run.files import write_json, write_text
+from forgelm.run.files import HALF_WRITTEN, write_json, write_text
+
+if TYPE_CHECKING:
+    import httpx2
 
 _OTHER_FORMATS = (
     "*.h5",
@@ -43,6 +47,7 @@ _OTHER_FORMATS = (
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAFE = "*.safetensors"
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _TREE_FORMAT = 1
 _WORKERS = 8
 
@@ -118,6 +123,7 @@ class _Plan:
     tree: dict[str, dict[str, Any]] | None
     """All files as the hub lists them; None if the cache has the list already."""
     licence: str | None
+    left: dict[str, list[Path]]
     verified: dict[str, tuple[int, int]] = field(default_factory=dict)
     error: ForgeError | None = None
     open: int = 0
@@ -155,9 +161,10 @@ def fetch(
     What fails doesn't stop the others. What came of an interrupted try is gone on with.
 
     Raises:
-        ConfigError: `hub` can't be a cache.
+        ConfigError: `hub` can't be a cache, or FORGELM_HUB_PATIENCE isn't a number.
     """
     shown = progress or Progress()
+    patience_s()
     line = Line(shown.say, shown.move)
     _check_folder(hub)
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="fetch") as pool:
@@ -208,7 +215,7 @@ def _check_folder(hub: Path) -> None:
 
 def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
     """What the hub says of a repository: its commit, its files, whether it is open to us."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     api = HfApi(library_name="forgelm")
     repo = CachedRepo(hub, wanted.kind, wanted.repo_id)
@@ -221,12 +228,15 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
         with explained(wanted.name):
             info = ask(
                 lambda: api.repo_info(
-                    wanted.repo_id, revision=wanted.revision, repo_type=wanted.kind
+                    wanted.repo_id,
+                    revision=wanted.revision,
+                    repo_type=wanted.kind,
+                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
                 )
             )
             commit = str(info.sha)
             if getattr(info, "gated", False):
-                ask(lambda: api.auth_check(wanted.repo_id, repo_type=wanted.kind))
+                ask(partial(_answer, f"{_api(wanted)}/auth-check"))
             known = repo.tree(commit) if commit in record.wanted else None
             listed = None
             if known is None:
@@ -239,19 +249,20 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
             wanted,
             repo,
             commit,
-            _selected(wanted, known),
+            _selected(wanted, commit, known),
             listed,
             _licence(info),
+            _left_over(repo),
             record.verified,
         )
     except ForgeError as error:
         return Missed(wanted, error)
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError):
         return Missed(
             wanted,
             RunError(
-                f"{wanted.name}: the hub answers what isn't JSON; look at HF_ENDPOINT, and for a "
-                "login page of this network"
+                f"{wanted.name}: the hub answers what isn't JSON of its kind; look at HF_ENDPOINT, "
+                "and for a login page of this network"
             ),
         )
 
@@ -260,10 +271,7 @@ def _listed(
     wanted: Wanted, commit: str, ask: Callable[[Callable[[], Any]], Any]
 ) -> dict[str, dict[str, Any]]:
     """All files of a commit, as huggingface_hub keeps such a list."""
-    from huggingface_hub import constants
-
-    url: str | None
-    url = f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.repo_id}/tree/{commit}?recursive=true"
+    url: str | None = f"{_api(wanted)}/tree/{commit}?recursive=true"
     files: dict[str, dict[str, Any]] = {}
     while url:
         page, url = ask(partial(_page, url))
@@ -280,6 +288,18 @@ def _listed(
 
 def _page(url: str) -> tuple[list[dict[str, Any]], str | None]:
     """A page of a list, and where the next one is."""
+    response = _answer(url)
+    return response.json(), response.links.get("next", {}).get("url")
+
+
+def _api(wanted: Wanted) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.repo_id}"
+
+
+def _answer(url: str) -> httpx2.Response:
+    """The hub's answer; what is none is raised."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -290,13 +310,18 @@ def _page(url: str) -> tuple[list[dict[str, Any]], str | None]:
     headers = build_hf_headers(library_name="forgelm")
     response = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     hf_raise_for_status(response)
-    return response.json(), response.links.get("next", {}).get("url")
+    return response
 
 
-def _selected(wanted: Wanted, known: dict[str, Entry]) -> dict[str, Entry]:
-    for path in known:
-        if path.startswith("/") or ".." in path.split("/"):
+def _selected(wanted: Wanted, commit: str, known: dict[str, Entry]) -> dict[str, Entry]:
+    """The files that are wanted; names become paths here, so they are looked at first."""
+    for path, entry in known.items():
+        if path.startswith("/") or {"", ".", ".."} & set(path.split("/")):
             raise RunError(f"{wanted.name}: the hub lists a file outside of it, {path!r}; refused")
+        if not _HASH.fullmatch(entry.blob):
+            raise RunError(f"{wanted.name}: the hub gives no hash of {path}; refused")
+    if not is_commit(commit):
+        raise RunError(f"{wanted.name}: the hub names no commit, but {commit!r}; refused")
     if wanted.for_torch:
         safe = any(fnmatch(path, _SAFE) and "/" not in path for path in known)
         left_out = _OTHER_FORMATS + (_PICKLES if safe else ())
@@ -371,9 +396,9 @@ def _bring(plan: _Plan, path: str, line: Line, shown: Progress) -> None:
     entry = plan.entries[path]
     with _blamed(plan):
         if not plan.is_right(entry.blob):
-            with explained(f"{plan.wanted.name}, {path}"), _lock(plan.repo, entry.blob):
+            with explained(f"{plan.wanted.name}, {path}"), lock(plan.repo, entry.blob):
                 _settle(plan, path, line)
-        _link(plan.repo.blob(entry.blob), plan.repo.snapshot(plan.commit) / path)
+        _link(plan.repo, entry.blob, plan.repo.snapshot(plan.commit) / path)
         with plan.lock:
             plan.open -= 1
             last = not plan.open
@@ -385,9 +410,12 @@ def _bring(plan: _Plan, path: str, line: Line, shown: Progress) -> None:
 
 def _settle(plan: _Plan, path: str, line: Line) -> None:
     """A blob that is there is checked, one that isn't is fetched. Under its lock."""
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
 
     entry, repo = plan.entries[path], plan.repo
+    if plan.is_right(entry.blob):
+        # Another file of these bytes came first.
+        return
     blob, name = repo.blob(entry.blob), repo.snapshot(plan.commit) / path
     thing = f"{plan.wanted.name}, {path}"
     if not blob.exists() and name.is_file() and not name.is_symlink():
@@ -402,42 +430,42 @@ def _settle(plan: _Plan, path: str, line: Line) -> None:
         line.said(f"{thing}: the cache holds other bytes than the hub's hash promises; fetched")
     # Also a link into nowhere, or to bytes that another repository shares.
     blob.unlink(missing_ok=True)
-    _adopt(blob)
+    if entry.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        raise RunError(
+            f"{thing}: is larger than what the hub gives by HTTP; bring it with hf download "
+            f"{plan.wanted.repo_id} {path}, and run this again: it is checked then"
+        )
+    _adopt(blob, plan.left.get(entry.blob, []))
     url = hf_hub_url(plan.wanted.repo_id, path, repo_type=plan.wanted.kind, revision=plan.commit)
     transfer(line, thing, url, blob, entry)
-    for left in _left_of(blob):
-        left.unlink(missing_ok=True)
     plan.verified[entry.blob] = stamp(blob)
 
 
-def _adopt(blob: Path) -> None:
+def _adopt(blob: Path, left: Sequence[Path]) -> None:
     """What the hub's own client left of this blob when it was killed is as good as ours."""
     ours = blob.with_name(blob.name + INCOMPLETE)
-    if not ours.exists():
-        largest = max(_left_of(blob), key=lambda path: path.stat().st_size, default=None)
-        if largest is not None:
-            os.replace(largest, ours)
+    others = [path for path in left if path != ours and path.exists()]
+    if others and not ours.exists():
+        os.replace(max(others, key=lambda path: path.stat().st_size), ours)
 
 
-def _left_of(blob: Path) -> list[Path]:
-    return list(blob.parent.glob(f"{blob.name}.*{INCOMPLETE}"))
+def _left_over(repo: CachedRepo) -> dict[str, list[Path]]:
+    """What interrupted transfers left, by the blob that it is a part of."""
+    found: dict[str, list[Path]] = {}
+    for path in repo.blob("").glob(f"*{INCOMPLETE}"):
+        found.setdefault(path.name.partition(".")[0], []).append(path)
+    return found
 
 
-def _lock(repo: CachedRepo, blob: str) -> Any:
-    """The lock that huggingface_hub takes to write a blob."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    repo.locks.mkdir(parents=True, exist_ok=True)
-    return WeakFileLock(repo.locks / f"{blob}.lock")
-
-
-def _link(blob: Path, name: Path) -> None:
-    """Make `name` a link to `blob`, in one step."""
-    target = os.path.relpath(blob, name.parent)
+def _link(repo: CachedRepo, blob: str, name: Path) -> None:
+    """Make `name` a link to a blob, in one step."""
+    target = os.path.relpath(repo.blob(blob), name.parent)
     if name.is_symlink() and os.readlink(name) == target:
         return
     name.parent.mkdir(parents=True, exist_ok=True)
-    beside = name.with_name(f".{name.name}.{threading.get_ident()}.link")
+    repo.locks.mkdir(parents=True, exist_ok=True)
+    # Not where it would be taken for content if this process were killed now.
+    beside = repo.locks / f"{os.getpid()}-{threading.get_ident()}.link"
     beside.unlink(missing_ok=True)
     os.symlink(target, beside)
     os.replace(beside, name)
@@ -446,7 +474,7 @@ def _link(blob: Path, name: Path) -> None:
 def _seal(plan: _Plan) -> None:
     """All files are there and right: write what names them, and remember it."""
     repo, revision = plan.repo, plan.wanted.revision
-    with _lock(repo, "forgelm"):
+    with lock(repo, RECORD):
         record = repo.record()
         if plan.commit not in record.wanted or plan.tree is not None:
             os.sync()
@@ -477,6 +505,10 @@ def _seal(plan: _Plan) -> None:
 
 def _sweep(repo: CachedRepo) -> None:
     """Remove what interrupted transfers left of blobs that are whole by now."""
-    for left in repo.blob("").glob(f"*{INCOMPLETE}"):
-        if repo.blob(left.name.partition(".")[0]).exists():
-            left.unlink(missing_ok=True)
+    for name, left in _left_over(repo).items():
+        if repo.blob(name).exists():
+            for path in left:
+                path.unlink(missing_ok=True)
+    for folder in (repo.ref(""), repo.tree_file("").parent):
+        for path in folder.rglob(f".*{HALF_WRITTEN}"):
+            path.unlink(missing_ok=True)

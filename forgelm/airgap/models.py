@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgelm.airgap.fetch import Landed, Missed, Progress, Wanted, fetch
+from forgelm.airgap.needs import Model, base_of
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import is_local
 
@@ -85,7 +86,14 @@ def cache(models: Sequence[Asked], hub: Path, progress: Progress | None = None) 
     """
     wanted = [asked.wanted for asked in models if asked.wanted is not None]
     fetched = iter(fetch(wanted, hub, progress))
-    return [_local(a) if a.wanted is None else _row(a.name, next(fetched)) for a in models]
+    rows = [_local(a) if a.wanted is None else _row(a.name, next(fetched)) for a in models]
+    here = {one.repo_id for one in wanted}
+    for row in rows:
+        base = None if row.path is None else base_of(Model("model", row.name), row.path)
+        if base is not None and base.path not in here and not is_local(base.path):
+            shown = progress or Progress()
+            shown.say(f"{row.name} is an adapter of {base.path}: add --model {base.path}")
+    return rows
 
 
 def _row(name: str, found: Landed | Missed) -> Row:

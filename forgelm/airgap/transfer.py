@@ -17,7 +17,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
-from forgelm.errors import RunError
+from forgelm.errors import ConfigError, RunError
 from forgelm.hubcache import Entry, chunks, hasher
 from forgelm.run.files import flush, readable
 
@@ -37,7 +37,7 @@ _ROUNDS_ASKED = 5
 _ATTEMPTS = 3
 _REDIRECTS = 5
 _AGAIN = (408, 429, 500, 502, 503, 504)
-_BLOCK, _BLOCKS, _FLUSH = 1 << 16, 16, 1 << 27
+_BLOCK, _BLOCKS = 1 << 16, 16
 _QUIET_S = 5.0
 
 
@@ -101,12 +101,31 @@ class Line:
                 patience.spend(error)
 
 
+def patience_s() -> float:
+    """Seconds from the environment.
+
+    Raises:
+        ConfigError: it isn't a number of them.
+    """
+    given = os.environ.get(PATIENCE) or str(_PATIENCE_S)
+    try:
+        seconds = float(given)
+        if not 0 <= seconds < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"{PATIENCE}={given}: must be a number of seconds, 0 or more; unset it for "
+            f"{_PATIENCE_S:g}"
+        ) from None
+    return seconds
+
+
 class _Patience:
     """Waits grow from try to try; a byte that came renews it."""
 
     def __init__(self, line: Line, thing: str) -> None:
         self.line, self.thing = line, thing
-        self.limit = float(os.environ.get(PATIENCE) or _PATIENCE_S)
+        self.limit = patience_s()
         self.renew()
 
     def renew(self) -> None:
@@ -348,7 +367,7 @@ class _Sink:
         self.line.moved(len(block))
 
     def pour(self, raw: Any) -> None:
-        """Write all that `raw` gives; hashed, and made durable, by threads beside."""
+        """Write all that `raw` gives; a thread hashes beside."""
         free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         for _ in range(_BLOCKS):
@@ -359,9 +378,8 @@ class _Sink:
                 self.hash.update(block)
                 free.put(block.obj)  # type: ignore[arg-type]
 
-        with ThreadPoolExecutor(2) as beside:
+        with ThreadPoolExecutor(1) as beside:
             hashed = beside.submit(hash_all)
-            flushed, due = None, self.size + _FLUSH
             try:
                 while count := raw.readinto(buffer := free.get()):
                     block = memoryview(buffer)[:count]
@@ -369,13 +387,9 @@ class _Sink:
                     full.put(block)
                     if self.size > self.entry.size:
                         break
-                    if self.size >= due and (flushed is None or flushed.done()):
-                        flushed, due = beside.submit(os.fdatasync, self.file), self.size + _FLUSH
             finally:
                 full.put(None)
                 hashed.result()
-        if flushed is not None:
-            flushed.result()
 
     def restart(self) -> None:
         """Begin anew from the first byte."""

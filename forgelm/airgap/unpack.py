@@ -20,6 +20,7 @@ from forgelm.airgap.contents import PREPARED
 from forgelm.airgap.staging import check_space, disk_errors, staging
 from forgelm.airgap.verify import Entry
 from forgelm.errors import ConfigError, RunError
+from forgelm.hub import RECORD, lock
 from forgelm.hubcache import CachedRepo, Record, stamp
 from forgelm.log import log
 from forgelm.run.files import write_text
@@ -260,7 +261,7 @@ def _land_repository(
             beside.parent.mkdir(parents=True, exist_ok=True)
             os.symlink(file["link"], beside)
             _put(path, places, aside)
-    with _record_lock(repo):
+    with lock(repo, RECORD):
         _land_names(listed, repo, CachedRepo(aside[verify.HUB], repo.kind, repo.repo_id), staged)
     return _rows(repo, files, staged)
 
@@ -321,14 +322,6 @@ def _name(repo: CachedRepo, name: str, commit: str) -> None:
         log.warning(f"{repo.kind} {repo.repo_id}: {name} was {before}, is now {commit}")
     if before != commit or not ref.is_file():
         write_text(ref, commit)
-
-
-def _record_lock(repo: CachedRepo) -> Any:
-    """The lock under which the record is changed by whoever fetches."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    repo.locks.mkdir(parents=True, exist_ok=True)
-    return WeakFileLock(repo.locks / "forgelm.lock")
 
 
 def _rows(

@@ -77,6 +77,9 @@ def main(argv: Sequence[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("train", argv)
     if name == "train" and rest is argv and not _for_hydra(argv[0]):
         return _unknown(argv[0])
+    from forgelm.hubcache import stay_offline
+
+    stay_offline()
     try:
         # Before anything that takes time: a signal that comes first asks for a stop like any other.
         with stop.listening() if name in _STOPPABLE else nullcontext():

@@ -32,7 +32,9 @@ from faulty_hub import (
     around,
     cut,
     flip,
+    late,
     lengthen,
+    listing,
     login_page,
     reset,
     shorten,
@@ -163,6 +165,8 @@ PASSING: dict[str, tuple[str, Action, int, str]] = {
     "closed in the middle": (LARGE, cut(2 << 20, "close"), 1, "the answer was cut short"),
     "closed in a small file": (SMALL, cut(100, "close"), 1, "the connection was cut"),
     "stalled": (LARGE, cut(2 << 20, "stall"), 1, "the connection stalled"),
+    "stalled before the answer": (INFO, late, 1, "the connection stalled"),
+    "stalled before the list": (TREE, late, 1, "the connection stalled"),
     "429 for the repository": (INFO, status(429, Retry_After="1"), 1, "the hub answers 429"),
     "429 for the list": (TREE, status(429, Retry_After="1"), 1, "the hub answers 429"),
     "429 for a file": (SMALL, status(429, Retry_After="1"), 1, "trying again in 1 s"),
@@ -237,6 +241,16 @@ FAILING: dict[str, tuple[str, Action, str]] = {
         "the hub has no such file",
     ),
     "redirects without end": (FILE, around, "redirects more than 5 times"),
+    "a file outside": (
+        TREE,
+        listing(b'"big.bin"', b'"../../../../big.bin"'),
+        "the hub lists a file outside of it, '../../../../big.bin'; refused",
+    ),
+    "a hash that is a path": (
+        TREE,
+        listing(hashlib.sha256(BIG).hexdigest().encode(), b"../../../escaped"),
+        "the hub gives no hash of big.bin; refused",
+    ),
     "a login page": (INFO, login_page, "answers what isn't JSON"),
     "a list that isn't JSON": (TREE, login_page, "answers what isn't JSON"),
 }
@@ -527,6 +541,15 @@ def test_folders_are_checked_and_not_copied(hub: FaultyHub, cache: Any, tmp_path
     assert "model.safetensors: is 5000 bytes long and must be" in cut_short["error"]
     assert "cached_path" in other
     assert "no model, as it has no config.json and no adapter_config.json" in nothing["error"]
+
+
+def test_an_adapter_is_named_with_its_base(hub: FaultyHub, cache: Any) -> None:
+    settings = {"base_model_name_or_path": "org/plain", "peft_type": "LORA"}
+    files = {"adapter_config.json": json.dumps(settings).encode(), "adapter_model.bin": b"1"}
+    hub.add_repo("model", "org/adapter", files)
+    alone, both = cache("org/adapter"), cache("org/adapter", "org/plain")
+    assert "org/adapter is an adapter of org/plain: add --model org/plain" in alone.result.err
+    assert "is an adapter" not in both.result.err
 
 
 def test_text_of_the_reference(hub: FaultyHub, child: Child, tmp_path: Path) -> None:
