@@ -8,6 +8,7 @@ import logging
 import shlex
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,11 +56,16 @@ class Ranks:
 
 
 def start(
-    config: RunConfig, overrides: list[str], in_sweep: bool, teacher_run: RunConfig | None
+    config: RunConfig,
+    overrides: list[str],
+    in_sweep: bool,
+    teacher_run: RunConfig | None,
+    flags: Sequence[str] = (),
 ) -> int:
     """Run what was asked for, its teacher first where that is a run of its own.
 
-    Returns EXIT_OK; everything else is raised as a ForgeError.
+    `flags` are those of Hydra that say where the configs came from. Returns EXIT_OK; everything
+    else is raised as a ForgeError.
     """
     set_up(config.debug)
     job = slurm.current()
@@ -70,7 +76,7 @@ def start(
                     f"not begun ({stop.requested()}): the same command begins or goes on with it"
                 )
             if job is None or job.ranks == 1:
-                _begin(_planned(config, overrides, in_sweep, teacher_run, job), Ranks())
+                _begin(_planned(config, overrides, in_sweep, teacher_run, job), Ranks(), flags)
                 return EXIT_OK
             slurm.set_rendezvous(job)
             world = join()
@@ -79,7 +85,7 @@ def start(
             config = replace(config, launch=_as_started(config.launch, job))
             ranks = Ranks(world)
             try:
-                _begin(_planned(config, overrides, in_sweep, teacher_run, job), ranks)
+                _begin(_planned(config, overrides, in_sweep, teacher_run, job), ranks, flags)
             finally:
                 ranks.tell(None)
         except (Stopped, RankFailed) as ended:
@@ -128,19 +134,19 @@ def _as_started(launch: LaunchConfig, job: slurm.Job) -> LaunchConfig:
     return replace(launch, nodes=job.nodes, ranks_per_node=job.ranks // job.nodes)
 
 
-def _begin(plan: Plan, ranks: Ranks) -> None:
+def _begin(plan: Plan, ranks: Ranks, flags: Sequence[str]) -> None:
     if is_complete(plan.paths) and not plan.extends:
         say(f"{plan.paths.root} is complete; its results are in eval.json")
         return
     if offline():
-        _check_caches(plan)
+        _check_caches(plan, flags)
     if plan.config.teacher.kind is TeacherKind.run:
         alone = ranks.world.size == 1
         _make_sure_of_teacher(plan, RunPaths(Path(str(plan.config.teacher.run))), alone)
     _run(plan, ranks)
 
 
-def _check_caches(plan: Plan) -> None:
+def _check_caches(plan: Plan, flags: Sequence[str]) -> None:
     """Without a network, all that the run and its teacher's run need must be here: before torch."""
     plans = [plan]
     if plan.config.teacher.kind is TeacherKind.run:
@@ -151,7 +157,7 @@ def _check_caches(plan: Plan) -> None:
         known = read_json(one.paths.metadata) if one.paths.metadata.is_file() else {}
         problems += lacking(one.config, known.get("revisions") or {})
     if problems:
-        command = f"forgelm cache {shlex.join(plan.overrides)}".rstrip()
+        command = f"forgelm cache {shlex.join([*flags, *plan.overrides])}".rstrip()
         problems.append(f"HF_HUB_OFFLINE is set here; where there is a network: {command}")
         raise RunError("\n".join(dict.fromkeys(problems)))
 

@@ -17,8 +17,17 @@ from conftest import Result
 FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "WANDB_")
 
 DRIVER = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
 from forgelm.cli.main import main
+
+if asked := os.environ.get("ASKED"):
+    from forgelm.airgap.cutoff import cut_off
+
+    def note(host):
+        with open(asked, "a") as file:
+            print(host, file=file)
+
+    cut_off(note)
 
 for line in sys.stdin:
     words, out, err = json.loads(line), io.StringIO(), io.StringIO()
@@ -29,11 +38,24 @@ for line in sys.stdin:
 
 
 class Child:
-    """A process that runs one `forgelm` command line after another."""
+    """A process that runs one `forgelm` command line after another.
+
+    With `cut_off` it can't reach any host, and `asked` tells which it tried.
+    """
 
     def __init__(
-        self, folder: Path, home: Path, url: str, *, offline: bool = False, **environment: str
+        self,
+        folder: Path,
+        home: Path,
+        url: str,
+        *,
+        offline: bool = False,
+        cut_off: bool = False,
+        **environment: str,
     ) -> None:
+        self.notes = home / "asked"
+        if cut_off:
+            environment["ASKED"] = str(self.notes)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         self.errors = home / f"errors-{int(offline)}"
         with self.errors.open("w") as errors:
@@ -69,6 +91,11 @@ class Child:
             watchdog.cancel()
         assert line, self.errors.read_text()
         return Result(*json.loads(line))
+
+    @property
+    def asked(self) -> list[str]:
+        """The hosts that a process that was cut off tried to reach."""
+        return self.notes.read_text().splitlines() if self.notes.exists() else []
 
     def close(self) -> None:
         self.process.communicate(timeout=60)

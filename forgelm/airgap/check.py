@@ -116,14 +116,11 @@ class _Look:
         return Finding(thing(self.repo), severity, problem, first + self._again(commit))
 
     def _again(self, commit: str | None) -> str:
-        """The command that brings a commit into the cache, whole."""
+        """The command that brings a commit into the cache, whole: a name may stand for another by
+        now."""
         if self.repo.kind != "model":
             return "forgelm cache OVERRIDES, with those of the run that uses it"
-        names = [
-            name for name, at in {**self.record.revisions, **self.refs}.items() if at == commit
-        ]
-        revision = "main" if "main" in names or commit is None else (names or [commit])[0]
-        return f"forgelm cache-models --model {self.repo.repo_id}@{revision}"
+        return f"forgelm cache-models --model {self.repo.repo_id}@{commit or 'main'}"
 
     def _without_snapshot(self, revision: str, commit: str) -> Finding:
         # A data set may be used from the datasets cache alone.
@@ -269,7 +266,7 @@ class _Look:
                 thing(self.repo),
                 Severity.warning,
                 text,
-                f"{self._again(self.refs.get('main'))}, which goes on with them; or {_rm(partial)}",
+                f"{self._again(None)}, which goes on with them; or {_rm(partial)}",
             )
         unused = [path for path in files if path not in partial and path.name not in used]
         if unused:

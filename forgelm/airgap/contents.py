@@ -246,7 +246,7 @@ def _add_snapshot(
 ) -> None:
     repo = made.repo
     name = f"{repo.kind} {repo.repo_id}"
-    mend = _mend(repo, commit, made.commits)
+    mend = _mend(repo, commit)
     missing = repo.missing(commit)
     if missing:
         shown = ", ".join(missing[:_SHOWN])
@@ -283,11 +283,10 @@ def _add_snapshot(
         made.links[f"{made.root}/snapshots/{commit}/{path}"] = f"{up}blobs/{blob}"
 
 
-def _mend(repo: CachedRepo, commit: str, commits: dict[str, str]) -> str:
+def _mend(repo: CachedRepo, commit: str) -> str:
     if repo.kind != "model":
         return "fetch it again by forgelm cache or cache-tasks, or leave it out"
-    at = "" if commits.get("main") == commit else f"@{commit}"
-    return f"forgelm cache-models --model {repo.repo_id}{at} mends it"
+    return f"forgelm cache-models --model {repo.repo_id}@{commit} mends it"
 
 
 def _blob(repo: CachedRepo, file: Path) -> tuple[Path, str | None]:

@@ -47,6 +47,7 @@ def job(composed: DictConfig) -> int:
             overrides=list(settings.overrides.task),
             in_sweep=settings.mode is RunMode.MULTIRUN,
             teacher_run=teacher_run(config, lambda lines: hydra.compose(CONFIG_NAME, lines)),
+            flags=request_from(sys.argv[1:]).flags(),
         )
     except ForgeError as error:
         code = complain(error)

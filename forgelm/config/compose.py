@@ -72,6 +72,15 @@ class Request:
     config_dir: Path | None = None
     multirun: bool = False
 
+    def flags(self) -> list[str]:
+        """Hydra's flags that say which configs these are."""
+        said = {
+            "--config-path": self.config_path,
+            "--config-dir": self.config_dir,
+            "--config-name": None if self.config_name == CONFIG_NAME else self.config_name,
+        }
+        return [word for flag, to in said.items() if to is not None for word in (flag, str(to))]
+
     def folders(self) -> list[Path]:
         """Where groups are looked up, in Hydra's order."""
         others = plugins.folders().values()

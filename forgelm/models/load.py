@@ -88,11 +88,25 @@ def _reader(kind: Kind, path: str | Path, revision: str | None, remote_code: boo
     except ImportError as error:
         said = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: it needs a package that isn't installed: {said}") from error
+    if kind is Kind.image_to_text and not hasattr(made, "image_processor"):
+        made = _with_images(made, path, revision)
     tokenizer = getattr(made, "tokenizer", made)
     if kind is not Kind.text_classification and tokenizer.pad_token_id is None:
         # Many models that write were trained without padding; what it is filled with isn't learnt.
         tokenizer.pad_token = tokenizer.eos_token
     return made
+
+
+def _with_images(tokenizer: Any, path: str | Path, revision: str | None) -> Any:
+    """A tokenizer and what prepares images beside it as one processor: older repositories of
+    encoder-decoder models don't name the class that they make together."""
+    from transformers import AutoImageProcessor, TrOCRProcessor
+
+    try:
+        images = AutoImageProcessor.from_pretrained(path, revision=revision)
+    except OSError:
+        return tokenizer
+    return TrOCRProcessor(images, tokenizer)
 
 
 def load_student(

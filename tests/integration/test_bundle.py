@@ -250,7 +250,7 @@ def test_what_is_missing_from_the_cache_is_named(
     refused(
         result,
         f"forgelm: model org/tiny, commit {NEW}: config.json missing; "
-        "forgelm cache-models --model org/tiny mends it",
+        f"forgelm cache-models --model org/tiny@{NEW} mends it",
         "forgelm: dataset org/rows: train.parquet is a link to ../../blobs/",
         "not there; fetch it again by forgelm cache or cache-tasks, or leave it out",
         "link is a link to nowhere, not there; delete it",

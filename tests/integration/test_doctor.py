@@ -141,7 +141,7 @@ def shared_lost(repo: Path) -> None:
     blob.symlink_to("../../blobs/ab/abcd")
 
 
-CACHE_IT = "forgelm cache-models --model org/tiny@main"
+CACHE_IT = "forgelm cache-models --model org/tiny@[0-9a-f]{40}"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "dangling": (
         lambda r: weights(r).unlink(),
@@ -172,7 +172,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
         lambda r: (r / "blobs" / "0a1b.12345678.incomplete").write_bytes(b"part"),
         "warn",
         "1 download (0.0 MiB) cut off, or going on just now",
-        f"{CACHE_IT}, which goes on with them; or rm ",
+        "forgelm cache-models --model org/tiny@main, which goes on with them; or rm ",
     ),
     "unused": (
         lambda r: (r / "blobs" / ("0" * 40)).write_bytes(b"old"),
@@ -184,13 +184,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
         lambda r: (r / "refs" / "v1").write_text("0" * 40),
         "fail",
         "v1 stands for commit 000000000000, of which nothing is here",
-        "forgelm cache-models --model org/tiny@v1",
+        CACHE_IT,
     ),
     "without a name": (
         without_name,
         "warn",
         "no name stands for it",
-        "forgelm cache-models --model org/tiny@[0-9a-f]{40}, or remove it: rm -r ",
+        f"{CACHE_IT}, or remove it: rm -r ",
     ),
     "never verified": (unverified, "warn", "wasn't cached by forgelm", CACHE_IT),
     "no weights": (
