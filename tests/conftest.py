@@ -63,6 +63,20 @@ def _no_handlers_left() -> Iterator[None]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def _switches_restored() -> Iterator[None]:
+    """`forgelm` switches libraries offline for the rest of its process."""
+    from forgelm.hubcache import OFFLINE
+
+    before = {name: os.environ.get(name) for name in OFFLINE}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @dataclass(frozen=True)
 class Result:
     """How a command ended."""
