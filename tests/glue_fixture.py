@@ -153,6 +153,7 @@ def model_repo(
     seed: int = 0,
     hidden: int = 32,
     layers: int = 2,
+    positions: int = 64,
 ) -> dict[str, bytes]:
     """Return the files of a tiny BERT whose vocabulary covers ``glue_repo``.
 
@@ -168,7 +169,7 @@ def model_repo(
         "architectures": ["BertForSequenceClassification" if head else "BertModel"],
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": positions,
         "model_type": "bert",
         "num_attention_heads": 2,
         "num_hidden_layers": layers,

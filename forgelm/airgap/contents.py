@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,10 @@ def look(places: dict[str, Path], chosen: Sequence[Chosen] = ()) -> Contents:
             if commits:
                 found.repositories.append(_repository(repo, commits, found.problems))
         for top in verify.TREES:
-            found.trees[top] = list(_files(top, places[top], places[top], found.problems))
+            # cache-tasks --output puts the other caches below that of the data sets.
+            others = {place.resolve() for name, place in places.items() if name != top}
+            files = _files(top, places[top], places[top], found.problems, others)
+            found.trees[top] = list(files)
     found.latest = _latest(found.trees.get(verify.DATASETS, []))
     if not found.repositories and not any(found.trees.values()):
         raise ConfigError(
@@ -316,9 +319,14 @@ def _card_licence(repo: CachedRepo, commits: Sequence[str]) -> str | None:
     return None
 
 
-def _files(top: str, root: Path, folder: Path, problems: list[str]) -> Iterator[File]:
-    """The content of a cache that is no repository's, below one of its folders."""
-    for file in _walk(folder, folder, str(folder), problems, "delete it"):
+def _files(
+    top: str, root: Path, folder: Path, problems: list[str], others: Collection[Path] = ()
+) -> Iterator[File]:
+    """The content of a cache that is no repository's, below one of its folders.
+
+    `others` are folders that are left out.
+    """
+    for file in _walk(folder, folder, str(folder), problems, "delete it", others):
         if top != verify.MODULES or not _is_origin(file):
             yield File(f"{top}/{file.relative_to(root).as_posix()}", file, file.stat().st_size)
 
@@ -333,7 +341,14 @@ def _is_origin(file: Path) -> bool:
     return isinstance(found, dict) and set(found) == _ORIGIN
 
 
-def _walk(folder: Path, root: Path, name: str, problems: list[str], mend: str) -> Iterator[Path]:
+def _walk(
+    folder: Path,
+    root: Path,
+    name: str,
+    problems: list[str],
+    mend: str,
+    others: Collection[Path] = (),
+) -> Iterator[Path]:
     """All files below a folder that are content, in order; links to folders are followed."""
     if not folder.is_dir():
         return
@@ -347,13 +362,15 @@ def _walk(folder: Path, root: Path, name: str, problems: list[str], mend: str) -
             problems.append(f"{name}: {shown!r} isn't named in UTF-8; rename it")
             continue
         if path.is_dir():
+            if path.resolve() in others:
+                continue
             if path.is_symlink() and path.resolve() in (
                 folder.resolve(),
                 *folder.resolve().parents,
             ):
                 problems.append(f"{name}: {shown} is a link to a folder that it lies in; {mend}")
                 continue
-            yield from _walk(path, root, name, problems, mend)
+            yield from _walk(path, root, name, problems, mend, others)
         elif path.is_file():
             yield path
         elif path.is_symlink():

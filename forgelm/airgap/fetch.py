@@ -177,7 +177,7 @@ def fetch(
             if total:
                 for missed in [one for one in found if isinstance(one, Missed)]:
                     shown.say(str(missed.error))
-            shown.begin(len(work), total)
+            shown.begin(len({plan.repo.folder for plan in work}), total)
             for plan in work:
                 plan.open = len(plan.entries)
                 if not plan.entries:

@@ -37,17 +37,20 @@ class Row:
     error: ForgeError | None = None
 
 
-def asked_for(names: Sequence[str]) -> list[Asked]:
-    """The models that names stand for, each once.
+def asked_for(names: Sequence[str], safety: str | None = None) -> list[Asked]:
+    """The models that names stand for, a safety classifier's last; each once.
 
     Raises:
         ConfigError: names that are neither hub ids nor folders; all of them.
     """
     problems: list[str] = []
     found: dict[Wanted | str, Asked] = {}
-    for name in names:
+    given = [("--model", name) for name in names]
+    if safety is not None:
+        given.append(("--safety", safety))
+    for flag, name in given:
         try:
-            asked = _asked(name)
+            asked = _asked(flag, name)
         except ConfigError as error:
             problems += error.problems
         else:
@@ -57,11 +60,11 @@ def asked_for(names: Sequence[str]) -> list[Asked]:
     return list(found.values())
 
 
-def _asked(name: str) -> Asked:
+def _asked(flag: str, name: str) -> Asked:
     if name and is_local(name):
         return Asked(name, None)
     if name.startswith((".", "/", "~")):
-        raise ConfigError(f"--model {name}: no such folder")
+        raise ConfigError(f"{flag} {name}: no such folder")
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -70,11 +73,11 @@ def _asked(name: str) -> Asked:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise ConfigError(
-            f"--model {name}: neither a folder here nor a hub id, which looks like "
+            f"{flag} {name}: neither a folder here nor a hub id, which looks like "
             "organisation/name or organisation/name@revision"
         ) from None
     if at and not revision:
-        raise ConfigError(f"--model {name}: name a revision after the @, or leave it out")
+        raise ConfigError(f"{flag} {name}: name a revision after the @, or leave it out")
     return Asked(name, Wanted("model", repo_id, revision or "main"))
 
 

@@ -23,7 +23,7 @@ from forgelm.config.request import Point, check_request, teacher_run
 from forgelm.config.schema import KdConfig, RunConfig, TeacherConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError, ForgeError, RunError
-from forgelm.hubcache import OFFLINE
+from forgelm.hubcache import OFFLINE, stay_offline
 from forgelm.log import log, quiet_libraries, set_up
 from forgelm.redact import redact
 
@@ -100,6 +100,7 @@ def rehearse(request: Request, offline: bool) -> Iterator[Part]:
 
 def main() -> None:
     """The other process: a request on stdin, a line of JSON on stdout for each part."""
+    stay_offline()
     told = json.load(sys.stdin)
     # Libraries print too.
     out = os.fdopen(os.dup(1), "w")

@@ -48,10 +48,9 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.hubcache import hub_cache
 
     listen(arguments)
-    names = [*arguments.model, *([arguments.safety] if arguments.safety is not None else [])]
-    if not names:
+    if not arguments.model and arguments.safety is None:
         raise ConfigError("cache-models needs --model HUB_ID, --safety HUB_ID, or both")
-    asked = models.asked_for(names)
+    asked = models.asked_for(arguments.model, arguments.safety)
     refuse_offline("cache-models")
     hub = chosen_cache(arguments.output, hub_cache(), "HF_HUB_CACHE")
     audit = AuditLog.open(Path(arguments.audit_dir) if arguments.audit_dir else hub)

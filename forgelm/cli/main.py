@@ -36,6 +36,8 @@ COMMANDS = {
 }
 
 _STOPPABLE = ("train", "resume")
+_SEE_SWITCHES = ("cache", "cache-models", "cache-tasks", "doctor")
+"""Commands that judge the switches for working offline as they were set."""
 
 _HELP = """\
 usage: forgelm COMMAND ...
@@ -77,9 +79,10 @@ def main(argv: Sequence[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("train", argv)
     if name == "train" and rest is argv and not _for_hydra(argv[0]):
         return _unknown(argv[0])
-    from forgelm.hubcache import stay_offline
+    if name not in _SEE_SWITCHES:
+        from forgelm.hubcache import stay_offline
 
-    stay_offline()
+        stay_offline()
     try:
         # Before anything that takes time: a signal that comes first asks for a stop like any other.
         with stop.listening() if name in _STOPPABLE else nullcontext():

@@ -89,6 +89,18 @@ def test_the_same_content_gives_the_same_bytes(
     assert sum(member.name.endswith(BLOB) for member in members) == 1
 
 
+def test_caches_below_that_of_the_data_sets_are_packed_once(
+    packed: Path, cache: Cache, forgelm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cache-tasks --output leaves them."""
+    below = cache.home / "datasets"
+    for name in ("hub", "modules"):
+        (cache.home / name).rename(below / name)
+        monkeypatch.setenv(f"HF_{name.upper()}_CACHE", str(below / name))
+    assert forgelm("bundle", "--output", "below.tar").code == 0
+    assert (tmp_path / "below.tar").read_bytes() == packed.read_bytes()
+
+
 def test_what_bundle_says(cache: Cache, forgelm: Command, tmp_path: Path) -> None:
     said = forgelm("bundle", "--output", "all.tar", "--output-format", "json", "-q")
     assert said.code == 0

@@ -499,7 +499,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         (["--model", ""], "--model : neither a folder here nor a hub id"),
         (["--model", "./none"], "--model ./none: no such folder"),
         (["--model", "org/plain@"], "--model org/plain@: name a revision after the @"),
-        (["--safety", "x y"], "--model x y: neither a folder here nor a hub id"),
+        (["--safety", "x y"], "--safety x y: neither a folder here nor a hub id"),
         (["--models", "x"], "unrecognized arguments"),
         (["--model", "org/plain", "--log-level", "LOUD"], "invalid choice: 'LOUD'"),
         (["--model", "org/plain", "--output", __file__], "cache .*: (File exists|Not a directory)"),
@@ -604,9 +604,10 @@ def test_without_an_operator_it_goes_on_without_a_log(
     assert "FORGELM_OPERATOR" not in got.result.err
 
 
-def test_offline_it_says_so(hub: FaultyHub, tmp_path: Path) -> None:
-    other = Child(tmp_path, tmp_path, hub.url, offline=True)
+@pytest.mark.parametrize("switch", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_it_says_so(hub: FaultyHub, tmp_path: Path, switch: str) -> None:
+    other = Child(tmp_path, tmp_path, hub.url, **{"HF_HUB_OFFLINE": "", switch: "1"})
     result = other("cache-models", "--model", "org/plain")
     other.close()
     assert result.code == 1
-    assert "HF_HUB_OFFLINE=1: cache-models fetches from the hub; unset it here" in result.err
+    assert f"{switch}=1: cache-models fetches from the hub; unset it here" in result.err

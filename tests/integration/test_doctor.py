@@ -531,6 +531,15 @@ def test_variables_that_dont_do_what_they_seem_to(
     assert remedy in found.remedy
 
 
+def test_switches_are_judged_as_they_were_set(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
+    (row,) = doctor("environment")
+    assert row["status"] == "warn"
+    assert row["detail"].startswith("HF_DATASETS_OFFLINE=0, and the hub's clients are told to be")
+
+
 def test_a_healthy_environment_has_no_troubles(tmp_path: Path) -> None:
     hub = str(tmp_path / "hub")
     assert troubles(False, {}) == []
