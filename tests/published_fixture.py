@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -65,9 +65,18 @@ def is_gated(repo_id: str) -> bool:
 
 def published(repo_id: str) -> dict[str, bytes]:
     """The files of a tiny model as that of the hub id."""
+    return _files_of(_maker(repo_id))
+
+
+def one_of_each(names: Sequence[str]) -> list[str]:
+    """One of the shipped models of each family among these."""
+    return [*{_maker(shipped()[name]["path"]): name for name in names}.values()]
+
+
+def _maker(repo_id: str) -> Callable[[Path], None]:
     for patterns, make in _FAMILIES:
         if any(fnmatch(repo_id, pattern) for pattern in patterns):
-            return _files_of(make)
+            return make
     raise AssertionError(f"{repo_id}: tests/published_fixture.py can't make its family yet")
 
 
@@ -286,7 +295,8 @@ def _trocr_small(folder: Path) -> None:
     (folder / "sentencepiece.bpe.model").write_bytes(_sentencepiece())
     settings = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    _trocr(folder, "DeiT", XLMRobertaTokenizer.from_pretrained(folder))
+    words = XLMRobertaTokenizer.from_pretrained(folder)
+    _trocr(folder, "DeiT", words, do_center_crop=False)
 
 
 def _trocr(folder: Path, encoder: str, words: Any, **more: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hub_server import HubServer
 from published_fixture import (
     data_sets,
     is_gated,
+    one_of_each,
     published,
     published_teacher,
     shipped,
@@ -45,12 +46,12 @@ class Machines:
     home: Path
     rows: Path
 
-    def words(self, kind: str) -> list[str]:
-        """A sweep over all models that suit a kind of task."""
+    def words(self, kind: str, names: Sequence[str]) -> list[str]:
+        """A sweep over models that suit a kind of task."""
         files = (f"task.train_file={self.rows}", f"task.validation_file={self.rows}")
         asked = [word for word in SWEEPS[kind] if word != "ROWS"]
         asked += files if "ROWS" in SWEEPS[kind] else ()
-        return ["-m", *asked, *SMALL, f"model={','.join(of_kind(kind))}"]
+        return ["-m", *asked, *SMALL, f"model={','.join(names)}"]
 
 
 def of_kind(kind: str) -> list[str]:
@@ -106,7 +107,9 @@ def loaded(machines: Machines, *words: str) -> list[str]:
 
 def test_all_gates_are_named_at_once(machines: Machines) -> None:
     """Without a token what is open lands, and every closed page is said; nothing of it is kept."""
-    done = machines.stranger("cache", *machines.words("causal_lm"), "--output-format", "json", "-q")
+    done = machines.stranger(
+        "cache", *machines.words("causal_lm", of_kind("causal_lm")), "--output-format", "json", "-q"
+    )
     assert done.code == 2
     said = json.loads(done.out)
     models = {shipped()[name]["path"] for name in of_kind("causal_lm")}
@@ -126,8 +129,8 @@ def test_all_gates_are_named_at_once(machines: Machines) -> None:
 
 
 @pytest.mark.parametrize("kind", SWEEPS)
-def test_every_model_loads_where_it_was_cached(machines: Machines, kind: str) -> None:
-    words = machines.words(kind)
+def test_every_model_loads_and_trains_where_it_was_cached(machines: Machines, kind: str) -> None:
+    words = machines.words(kind, of_kind(kind))
     ids = [shipped()[name]["path"] for name in of_kind(kind)]
     found = {row["name"]: row["commit"] for row in cached(machines, *words)["needs"]}
     assert found.items() >= {repo_id: machines.commits[repo_id] for repo_id in ids}.items()
@@ -135,6 +138,12 @@ def test_every_model_loads_where_it_was_cached(machines: Machines, kind: str) ->
     for repo_id in ids:
         # Its tokenizer or processor, and the model.
         assert details.count(f"{repo_id} at {machines.commits[repo_id][:12]}") == 2
+    names = one_of_each(of_kind(kind))
+    short = ("max_steps=1", "eval.before_training=false", f"output_root={kind}")
+    done = machines.offline(*machines.words(kind, names), *short)
+    assert done.code == 0, done.err
+    assert len([*(machines.rows.parent / kind).glob("*/*/*/*/eval.json")]) == len(names)
+    assert machines.offline.asked == []
 
 
 def test_every_task_s_data_and_teacher_load_where_they_were_cached(machines: Machines) -> None:
