@@ -8,7 +8,7 @@ import logging
 import shlex
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,12 +154,31 @@ def _check_caches(plan: Plan, flags: Sequence[str]) -> None:
         plans += [] if is_complete(teacher) else [sealed_plan(teacher.root)]
     problems = []
     for one in plans:
-        known = read_json(one.paths.metadata) if one.paths.metadata.is_file() else {}
-        problems += lacking(one.config, known.get("revisions") or {})
+        problems += lacking(one.config, _revisions(one))
     if problems:
-        command = f"forgelm cache {shlex.join([*flags, *plan.overrides])}".rstrip()
+        words = [*flags, *_pinned(plan.overrides, _revisions(plan))]
+        command = f"forgelm cache {shlex.join(words)}".rstrip()
         problems.append(f"HF_HUB_OFFLINE is set here; where there is a network: {command}")
         raise RunError("\n".join(dict.fromkeys(problems)))
+
+
+def _revisions(plan: Plan) -> dict[str, str | None]:
+    """The commits that a run was begun with."""
+    known = read_json(plan.paths.metadata) if plan.paths.metadata.is_file() else {}
+    return known.get("revisions") or {}
+
+
+def _pinned(overrides: Sequence[str], revisions: Mapping[str, str | None]) -> list[str]:
+    """Overrides that ask for the commits that a run was begun with, wherever the hub is by now."""
+    own = any(word.startswith("teacher.path=") for word in overrides)
+    keys = {
+        "model": "model.revision",
+        "dataset": "task.revision",
+        "teacher": "teacher.revision" if own else "task.teacher_revision",
+    }
+    commits = {key: revisions[name] for name, key in keys.items() if revisions.get(name)}
+    kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in commits]
+    return kept + [f"{key}={commit}" for key, commit in commits.items()]
 
 
 def _make_sure_of_teacher(student: Plan, paths: RunPaths, alone: bool) -> None:

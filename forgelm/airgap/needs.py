@@ -118,6 +118,9 @@ def _lacking(model: Model, pinned: Mapping[str, str | None]) -> Iterator[str]:
     thing = f"{model.role} {model.path}"
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
+        if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
+            # A folder that isn't there: whoever loads it says what to do.
+            return
         repo = CachedRepo(hub_cache(), "model", model.path)
         commit = pinned.get(_PINNED.get(model.role, "")) or cached_commit(repo, model.revision)
         if commit is None:

@@ -356,7 +356,9 @@ def test_a_run_keeps_its_commits_when_the_repository_moves_on(hub: Hub) -> None:
     assert read_json(fresh / "run_metadata.json")["revisions"]["model"] == new
 
 
-def test_everything_comes_from_the_cache_without_internet(hub: Hub, distilled: Path) -> None:
+def test_everything_comes_from_the_cache_without_internet(
+    hub: Hub, distilled: Path, tmp_path: Path
+) -> None:
     hub.server.clear_requests()
     offline = Child(hub.folder, hub.home, hub.server.url, offline=True)
     words = ("task=mnli", "mode=kd", f"model.path={BASE}", "max_steps=2")
@@ -376,11 +378,20 @@ def test_everything_comes_from_the_cache_without_internet(hub: Hub, distilled: P
         absent = offline(*SMALL, "output_root=absent", "task=mnli", "model.path=org/absent")
     finally:
         offline.close()
+    (tmp_path / "home").mkdir()
+    other = Child(hub.folder, tmp_path / "home", hub.server.url, offline=True)
+    elsewhere = other("train", f"resume={run}", "max_steps=6")
+    other.close()
     assert hub.server.requests == []
     assert revisions == hub.shas
     assert results == read_json(distilled / "eval.json")
     assert weights == (distilled / "model.safetensors").read_bytes()
     assert further.code == 0, further.err
+    # Elsewhere, where the caches are empty, it asks for the commits that it was begun with.
+    assert elsewhere.code == 2
+    *_, command = elsewhere.err.splitlines()
+    assert "where there is a network: forgelm cache " in command
+    assert set(pinned) <= set(command.split())
     assert absent.code == 2
     assert "org/absent" in absent.err
     assert "HF_HUB_OFFLINE" in absent.err
