@@ -112,9 +112,14 @@ def explained(thing: str) -> Iterator[None]:
             f"{thing}: neither a folder here nor a hub id, which looks like organisation/name"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.TransportError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise RunError(
+                f"{thing}: the cache lacks it, and HF_HUB_OFFLINE is set; fetch it with forgelm "
+                "cache where there is a network"
+            ) from error
         raise RunError(
-            f"{thing}: {constants.ENDPOINT} can't be reached and the cache lacks it; check the "
-            "network, and HF_ENDPOINT"
+            f"{thing}: {constants.ENDPOINT} can't be reached; check the network, and HF_ENDPOINT; "
+            "HF_HUB_OFFLINE=1 makes do with what is cached"
         ) from error
     except HfHubHTTPError as error:
         name = token_name()

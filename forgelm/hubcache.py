@@ -67,7 +67,7 @@ def stay_offline() -> None:
 
     They read it then, and not all of them read the same switch.
     """
-    if offline():
+    if offline() or is_on("HF_DATASETS_OFFLINE"):
         os.environ.update(dict.fromkeys(OFFLINE, "1"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forgelm.config import lm_index
@@ -81,6 +81,17 @@ def _models(config: RunConfig) -> Iterator[Model]:
         yield Model("teacher", teacher.run)
     elif teacher.kind is TeacherKind.auto and task.teacher:
         yield Model("teacher", task.teacher, task.teacher_revision)
+
+
+def at_commits(config: RunConfig, revisions: Mapping[str, str | None]) -> RunConfig:
+    """A run's config with the commits that it was begun with for its revisions."""
+    model, task, teacher = config.model, config.task, config.teacher
+    return replace(
+        config,
+        model=replace(model, revision=revisions.get("model") or model.revision),
+        task=replace(task, revision=revisions.get("dataset") or task.revision),
+        teacher=replace(teacher, revision=revisions.get("teacher") or teacher.revision),
+    )
 
 
 def base_of(model: Model, folder: Path) -> Model | None:

@@ -84,4 +84,7 @@ def disk_errors(where: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full:
             raise RunError(f"no space left for {where}; make room, and run it again") from error
-        raise RunError(f"{error.filename or where}: {error.strerror or error}") from error
+        named = Path(os.fsdecode(error.filename2 or error.filename or where))
+        if any(part.startswith(_PREFIX) for part in named.parts):
+            named = where
+        raise RunError(f"{named}: {error.strerror or error}; look at the rights there") from error

@@ -83,7 +83,8 @@ class Line:
             if now - self._last.get(reason, -_QUIET_S) < _QUIET_S:
                 return
             self._last[reason] = now
-        self.said(f"{thing}: {reason}; trying again in {wait:.0f} s")
+        seconds = f"{wait:.0f}" if wait >= 1 else f"{wait:.1f}"
+        self.said(f"{thing}: {reason}; trying again in {seconds} s")
 
     def patiently(self, thing: str, call: Callable[[], Any]) -> Any:
         """Call until it doesn't fail by the network or the server, for as long as patience lasts.

@@ -139,9 +139,13 @@ def _check_ways(file: Path, entries: Mapping[str, Entry], places: Mapping[str, P
         if final.is_dir():
             problems[final] = f"{entry.path}: {final} is a folder"
         for folder in final.parents:
-            if folder == root or folder in checked:
+            if folder in checked:
                 break
             checked.add(folder)
+            if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+                problems[folder] = f"{entry.path}: {folder} can't be written to by you"
+            if folder == root:
+                break
             if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
                 problems[folder] = f"unsafe: {folder} is a link that leaves {root}"
             elif folder.exists() and not folder.is_dir():

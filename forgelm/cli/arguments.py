@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +19,10 @@ from forgelm.redact import redact
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose usage errors are wrong requests like any other."""
+    """A parser whose usage errors are wrong requests like any other; flags aren't shortened."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
@@ -110,22 +116,55 @@ def answer(
     as_json = as_json or "--output-format=json" in arguments
     debug = "--debug" in arguments or "DEBUG" in arguments or "--log-level=DEBUG" in arguments
     try:
-        result = work(made.parse_args(list(arguments)))
+        with _ended_by_sigterm():
+            result = work(made.parse_args(list(arguments)))
+    except KeyboardInterrupt as stopped:
+        if as_json:
+            error = f"stopped by {str(stopped) or 'Ctrl-C'}"
+            name = type(stopped).__name__
+            print(json.dumps({"success": False, "error": error, "error_class": name}))
+        raise
     except ForgeError as error:
         return _fail(error, str(error).splitlines(), error.exit_code, as_json, debug)
     except Exception as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         return _fail(error, [line], EXIT_TRAINING_ERROR, as_json, debug)
     if isinstance(result, Failed):
-        first, partial = result.problems[0], result.result
+        first, partial = result.problems[0], _redacted(result.result)
         if not as_json and (shown := text(partial)):
             print(shown)
         code = first.exit_code if isinstance(first, ForgeError) else EXIT_TRAINING_ERROR
         lines = [line for problem in result.problems for line in str(problem).splitlines()]
         return _fail(first, lines, code, as_json, debug, partial)
-    result = {"success": True, **result}
+    result = {"success": True, **_redacted(result)}
     print(json.dumps(result, indent=2) if as_json else text(result))
     return EXIT_OK
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM (of timeout(1), of Slurm) ends the command as Ctrl-C does: cleanly, and said."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt("SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _redacted(value: Any) -> Any:
+    """What is printed, without what looks like a token."""
+    if isinstance(value, dict):
+        return {key: _redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_redacted(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _fail(

@@ -66,11 +66,22 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = [
         _chosen(kind, name) for kind in ("model", "dataset") for name in getattr(arguments, kind)
     ]
+    for flag, folder in (
+        ("--cache-dir", arguments.cache_dir),
+        ("--datasets-cache", arguments.datasets_cache),
+    ):
+        if folder is not None and not folder.expanduser().is_dir():
+            raise ConfigError(f"{flag} {folder}: no such folder")
     places = carried(arguments.cache_dir, arguments.datasets_cache)
     for place in places.values():
         if output.resolve().is_relative_to(place.resolve()):
             raise ConfigError(f"--output {output}: in {place}, which is packed; give another place")
     found = contents.look(places, chosen)
+    if arguments.cache_dir is not None and not found.repositories:
+        raise ConfigError(
+            f"--cache-dir {arguments.cache_dir}: holds no repositories; give the folder that "
+            "models--ORG--NAME lies in"
+        )
     shown = Carried("packing")
     shown.begin(len(found.repositories), found.size)
     packed = bundle.bundle(found, output, part_size, earlier, shown.move)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgelm.cli.arguments import Failed, WithOverrides, answer, cache_parser, listen
+
+if TYPE_CHECKING:
+    from forgelm.config.schema import RunConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,11 +39,14 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.cli.train import request_from
     from forgelm.config.compose import Composer, register_schema
     from forgelm.config.request import check_request, teacher_run
+    from forgelm.errors import ConfigError
 
     listen(arguments)
     request = request_from(arguments.words)
     register_schema()
-    points = [point.config for point in check_request(request)]
+    if any(word in ("--cfg", "-c") or word.startswith("--cfg=") for word in arguments.words):
+        raise ConfigError("--cfg shows a config and caches nothing: forgelm train --cfg job ...")
+    points = [_sealed(point.config) for point in check_request(request)]
     refuse_offline("cache")
     compose = Composer(request).compose
     teachers = [made for one in points if (made := teacher_run(one, compose)) is not None]
@@ -78,6 +85,27 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
         return Failed(result, problems)
     audit.write("cache.populate_run_completed", **asked, count=len(done))
     return result
+
+
+def _sealed(config: RunConfig) -> RunConfig:
+    """The config of the run that `resume=` names, at the commits that it was begun with.
+
+    Raises:
+        ConfigError: there is no such run, nor that of `teacher.run`.
+    """
+    from forgelm.airgap.needs import at_commits
+    from forgelm.resolve import sealed_plan
+    from forgelm.run.files import read_json
+    from forgelm.run.find import find_run
+
+    root = Path(config.output_root).expanduser()
+    if config.resume is not None:
+        plan = sealed_plan(find_run(config.resume, root).root)
+        return at_commits(plan.config, read_json(plan.paths.metadata).get("revisions") or {})
+    if config.teacher.run is not None:
+        teacher = str(find_run(config.teacher.run, root).root)
+        return replace(config, teacher=replace(config.teacher, run=teacher))
+    return config
 
 
 def _shown(one: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     )
     result = {"tasks": [_shown(row) for row in rows], "cache_dir": str(output)}
     if arguments.output is not None:
-        named = " ".join(f"{name}={path}" for name, path in caches.variables().items())
+        named = " ".join(f"{name}={shlex.quote(path)}" for name, path in caches.variables().items())
         log.info(f"where they are used, with the folder's new place for {output}: export {named}")
     if problems:
         failed(problems[0])

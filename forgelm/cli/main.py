@@ -90,8 +90,8 @@ def main(argv: Sequence[str]) -> int:
             return command(rest)
     except ForgeError as error:
         return complain(error)
-    except KeyboardInterrupt:
-        print("forgelm: stopped by Ctrl-C", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"forgelm: stopped by {str(stopped) or 'Ctrl-C'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has seen enough; Python would complain again when it ends.

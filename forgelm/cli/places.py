@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from forgelm.errors import ConfigError
@@ -18,7 +19,8 @@ def chosen_cache(output: str | None, usual: Path, variable: str) -> Path:
     if chosen.resolve() != usual.resolve():
         log.warning(
             f"--output {chosen} isn't the cache that training and forgelm doctor --offline read, "
-            f"{usual}: export {variable}={chosen} where they run, or leave --output out"
+            f"{usual}: export {variable}={shlex.quote(str(chosen))} where they run, or leave "
+            "--output out"
         )
     return chosen
 

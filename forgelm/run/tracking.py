@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from forgelm.config.schema import WandbConfig, WandbMode
@@ -45,6 +46,10 @@ def start_tracking(
     """
     if config.mode is WandbMode.disabled:
         return Tracker(None)
+    if config.mode is not WandbMode.online:
+        # Read when it is imported: else it reports to its makers, whatever the run's mode is.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        os.environ.setdefault("WANDB_MODE", config.mode.name)
     import wandb
 
     try:

@@ -207,6 +207,20 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Carried]:
     child.close()
 
 
+def test_the_default_run_asks_nobody(carried: Carried) -> None:
+    """W&B, which is offline by default, included."""
+    done = carried.child("train", "max_steps=2", "task.max_eval_samples=32", "output_root=plain")
+    assert done.code == 0, done.err
+    assert list((carried.work / "plain").rglob("offline-run-*"))
+    assert carried.child.asked == []
+
+
+def test_a_run_that_isnt_there_needs_something_else(carried: Carried) -> None:
+    refused = carried.child("cache", "resume=nosuch")
+    assert refused.code == 1
+    assert "nosuch" in refused.err
+
+
 @pytest.fixture(scope="module")
 def trained(carried: Carried) -> Carried:
     """The sweep, trained on the machine that it was carried to."""

@@ -278,18 +278,17 @@ def test_what_is_missing_from_the_cache_is_named(
         (("--output", "x.tar", "--model", "org/tiny@v2"), f"has org/tiny@{OLD}, org/tiny@main"),
         (("--output", "x.tar", "--model", "org/tiny@"), "give a hub id, or a hub id@revision"),
         (("--output", "x.tar", "--dataset", "x/y"), "--dataset x/y: not in "),
-        (("--output", "x.tar", "--cache-dir", "no", "--datasets-cache", "no"), None),
+        (("--output", "x.tar", "--cache-dir", "no"), "--cache-dir no: no such folder"),
+        (("--output", "x.tar", "--datasets-cache", "no"), "--datasets-cache no: no such folder"),
+        (("--output", "x.tar", "--cache-dir", "home"), "--cache-dir home: holds no repositories"),
         (("--output", "x.tar", "--against", "no"), "--against no: No such file"),
         (("--output", "x.tar", "--against", "bad.json"), "isn't a manifest"),
     ],
 )
 def test_wrong_requests_to_bundle(
-    cache: Cache, forgelm: Command, tmp_path: Path, words: tuple[str, ...], text: str | None
+    cache: Cache, forgelm: Command, tmp_path: Path, words: tuple[str, ...], text: str
 ) -> None:
     (tmp_path / "bad.json").write_text("[]")
-    if text is None:
-        shutil.rmtree(cache.home / "modules")
-        text = f"nothing to pack in {tmp_path}/no and {tmp_path}/no: fill them by"
     refused(forgelm("bundle", *words), text, code=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "home"]
 

@@ -417,10 +417,14 @@ def _slowly(hub: FaultyHub, request: Any, response: Any) -> Any:
     return response
 
 
-def test_ctrl_c_keeps_what_came(hub: FaultyHub, tmp_path: Path, cache: Any) -> None:
+@pytest.mark.parametrize(("sent", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_who_is_stopped_keeps_what_came(
+    hub: FaultyHub, tmp_path: Path, cache: Any, sent: signal.Signals, name: str
+) -> None:
     hub.faults = [Fault(LARGE, _slowly, EVER)]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     words = ["cache-models", "--model", "org/plain", "--output", str(tmp_path / "hub")]
+    words += ["--output-format", "json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "forgelm", *words],
         env=kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), **QUICK},
@@ -434,10 +438,12 @@ def test_ctrl_c_keeps_what_came(hub: FaultyHub, tmp_path: Path, cache: Any) -> N
         if any(path.stat().st_size >= 1 << 20 for path in blobs.glob("*.incomplete")):
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert (out, "Traceback" in err) == ("", False)
+    said = json.loads(out)
+    assert (said["success"], said["error"]) == (False, f"stopped by {name}")
+    assert "Traceback" not in err
     assert list(blobs.glob("*.incomplete"))
     events = [
         json.loads(line)["event"]

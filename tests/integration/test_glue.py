@@ -383,6 +383,12 @@ def test_everything_comes_from_the_cache_without_internet(
     elsewhere = other("train", f"resume={run}", "max_steps=6")
     other.close()
     assert hub.server.requests == []
+    hub.server.add_repo("model", BASE, {"config.json": b"{}"}, message="later")
+    connected = Child(hub.folder, tmp_path / "home", hub.server.url)
+    fetched = connected("cache", f"resume={run}", "--output-format", "json")
+    connected.close()
+    hub.server._repos["model", BASE].commits.pop()
+    assert {row["commit"] for row in json.loads(fetched.out)["needs"]} == set(hub.shas.values())
     assert revisions == hub.shas
     assert results == read_json(distilled / "eval.json")
     assert weights == (distilled / "model.safetensors").read_bytes()
