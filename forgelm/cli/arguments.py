@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose usage errors are wrong requests like any other; flags aren't shortened."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
