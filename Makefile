@@ -12,7 +12,7 @@ run: $(READY)
 	$(BIN)/python scripts/compare.py
 
 test: $(READY) slurm
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Slurm's packages, where root may install them; without them their tests are skipped.
 slurm:

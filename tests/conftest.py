@@ -16,18 +16,6 @@ import pytest
 pytest_plugins = ["slurm_fixture"]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side, a file's tests stay together, for its fixtures; and there is one cluster.
-
-    First, as xdist reads the groups in its own turn.
-    """
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder == "slurm" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 # Read when the libraries are imported, so set before any of them is.
 _HOME = tempfile.TemporaryDirectory(prefix="forgelm-tests-")
 os.environ.update(
