@@ -27,7 +27,9 @@ os.environ.update(
 )
 for _name in [name for name in os.environ if name.startswith("SLURM_")]:
     os.environ.pop(_name)
-for _name in ("HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+_SWITCHES = ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
+_PLACES = ("HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+for _name in _SWITCHES + _PLACES:
     os.environ.pop(_name, None)
 
 TINY = (
@@ -56,17 +58,14 @@ def _no_handlers_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _switches_restored() -> Iterator[None]:
-    """`forgelm` switches libraries offline for the rest of its process."""
-    from forgelm.hubcache import OFFLINE
+def _switches_restored() -> None:
+    """`forgelm` switches libraries offline for the rest of its process.
 
-    before = {name: os.environ.get(name) for name in OFFLINE}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    Restored before each test: a fixture of a whole module may have called it since the last one.
+    """
+    for name in _SWITCHES:
+        os.environ.pop(name, None)
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @dataclass(frozen=True)
