@@ -15,9 +15,11 @@ from transformers import TrainerCallback
 from forgelm.config.compose import Request, to_typed
 from forgelm.config.schema import RunConfig
 from forgelm.log import quiet_libraries
-from forgelm.pipeline import Models, build_trainer, load_models, prepare_task
 from forgelm.resolve import resolve
 from forgelm.run.lifecycle import Run, opened, start_session
+from forgelm.stages.models import Models, load_models
+from forgelm.stages.preparation import prepare_task
+from forgelm.stages.trainer import build_trainer
 from forgelm.tasks.data import TaskData
 
 

@@ -224,7 +224,7 @@ class _Rehearsal:
 
     def _pin(self, **instead: Any) -> None:
         """Note the commits of what is left of the config."""
-        from forgelm.pipeline import pin_revisions
+        from forgelm.stages.preparation import pin_revisions
 
         known = {"revisions": self.noted["revisions"]} if "revisions" in self.noted else {}
         only = replace(self.run, config=replace(self.run.config, **instead), metadata=known)
@@ -251,7 +251,7 @@ class _Rehearsal:
         return f"{type(made).__name__}, {self._named(self._teacher_path(), model)}"
 
     def _data(self) -> str:
-        from forgelm.pipeline import prepare_task
+        from forgelm.stages.preparation import prepare_task
         from forgelm.tasks import metrics, rows_of
 
         config = self.run.config
@@ -271,7 +271,7 @@ class _Rehearsal:
     def _student(self) -> str:
         from forgelm.models.adapters import check_cuda
         from forgelm.models.load import load_student
-        from forgelm.pipeline import load_models
+        from forgelm.stages.models import load_models
 
         config, at = self.run.config, self.revisions.get("model")
         if config.model.load_in_4bit:
@@ -301,7 +301,7 @@ class _Rehearsal:
         return f"{_size(model)}, {self._named(self._teacher_path(), at)}"
 
     def _lm_eval(self) -> str:
-        from forgelm.pipeline import prepare_harness
+        from forgelm.stages.preparation import prepare_harness
 
         prepare_harness(self.run)
         return ", ".join(self.run.config.eval.lm_eval.tasks)

@@ -57,14 +57,14 @@ def _of_run(arguments: argparse.Namespace) -> Any:
     """The runs that the overrides ask for; a wrong request is refused as by train."""
     from forgelm.airgap.doctor import Asked
     from forgelm.cli.train import request_from
-    from forgelm.cluster import submit
+    from forgelm.cluster.launchers import chosen
     from forgelm.config.compose import register_schema
     from forgelm.config.request import check_request
 
     request = request_from(arguments.words)
     register_schema()
     points = check_request(request)
-    by_slurm = any(submit.chosen(point.composed) is not None for point in points)
+    by_slurm = any(chosen(point.composed) is not None for point in points)
     return Asked(
         arguments.offline, arguments.deep, request, points, arguments.words, by_slurm=by_slurm
     )

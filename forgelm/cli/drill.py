@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from forgelm.cli.train import request_from
-from forgelm.cluster import submit
+from forgelm.cluster import launchers
 from forgelm.config.request import check_request, teacher_run
 from forgelm.config.schema import RunConfig
 from forgelm.errors import EXIT_OK, ConfigError, RunError
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     points = check_request(request)
     if len(points) > 1:
         raise ConfigError(f"drill takes one config, not a sweep of {len(points)}: leave out -m")
-    if submit.chosen(points[0].composed) is not None:
+    if launchers.chosen(points[0].composed) is not None:
         raise ConfigError("drill interrupts runs of its own, here: leave out hydra/launcher")
     config = points[0].config
     if config.resume is not None:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _all_incomplete(overrides: Sequence[str], local: bool) -> int:
-    from forgelm.cluster.submit import note_cancelled, trained_by_others
+    from forgelm.cluster.jobs import note_cancelled, trained_by_others
     from forgelm.run.paths import OutputRoot, RunPaths
     from forgelm.run.registry import incomplete
 
@@ -116,7 +116,7 @@ def _one(
         launcher = None if local else asked.launcher_for(run)
         if launcher is None:
             return start(config, own, in_sweep=False, teacher_run=None)
-        from forgelm.cluster.submit import for_run
+        from forgelm.cluster.launchers import for_run
         from forgelm.run.lock import owned
 
         plan = resolve(config, own, in_sweep=False, teacher_run=None)
@@ -148,7 +148,7 @@ class _Asked:
 
     def launcher_for(self, run: str) -> dict[str, Any] | None:
         from forgelm import slurm
-        from forgelm.cluster.submit import changed, launcher_of
+        from forgelm.cluster.launchers import changed, launcher_of
         from forgelm.run.find import find_run
 
         if self.given:
@@ -160,7 +160,7 @@ class _Asked:
 
 
 def _asked_for(overrides: Sequence[str]) -> _Asked:
-    from forgelm.cluster.submit import chosen
+    from forgelm.cluster.launchers import chosen
     from forgelm.config.compose import Request
     from forgelm.config.request import check_request
 

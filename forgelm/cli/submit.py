@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from forgelm.cluster.submit import (
-    Submission,
-    already,
-    check,
-    forget_teachers,
-    how_to_follow,
-    submit,
-)
+from forgelm.cluster.jobs import already
+from forgelm.cluster.launchers import check
+from forgelm.cluster.submit import Submission, forget_teachers, how_to_follow, submit
 from forgelm.errors import EXIT_OK, ForgeError
 from forgelm.log import say, set_up
 from forgelm.resolve import Plan

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from forgelm.cli.main import complain, crash
-from forgelm.cluster.submit import chosen
+from forgelm.cluster.launchers import chosen
 from forgelm.config.compose import (
     CONFIG_NAME,
     VERSION_BASE,

@@ -5,17 +5,42 @@ What a scheduler does, less its queue: each run is a process of its own, and a s
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from forgelm import stop
-from forgelm.cluster.submit import GOALS, RUNS
+from forgelm.cluster.jobs import GOALS, RUNS
 from forgelm.errors import worst
+from forgelm.resolve import Plan
+from forgelm.run.files import write_text
 
 SCRIPT = "setup.sh"
 _POLL_S = 0.2
+
+
+def to_this_machine(
+    folder: Path, code: Path, launcher: dict[str, Any], plans: Sequence[Plan]
+) -> tuple[str, list[str]]:
+    """A process in the background that works through the runs."""
+    lines = [*(launcher.get("setup") or ()), 'exec "$@"']
+    write_text(folder / SCRIPT, "\n".join(lines) + "\n")
+    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    parallel = int(launcher["array_parallelism"])
+    with (folder / "local.log").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(folder), str(parallel)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+        )
+    return f"process {process.pid}", [str(process.pid)] * len(plans)
 
 
 def main(folder: Path, parallel: int) -> int:

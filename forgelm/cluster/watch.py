@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from forgelm import slurm, stop
-from forgelm.cluster.submit import Submission, note_cancelled
+from forgelm.cluster.jobs import note_cancelled
+from forgelm.cluster.submit import Submission
 from forgelm.errors import EXIT_OK, EXIT_STOPPED, EXIT_TRAINING_ERROR, worst
 from forgelm.log import say
 from forgelm.run.lock import started

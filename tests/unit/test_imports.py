@@ -17,6 +17,7 @@ ORDER = (
     "cluster",
     "airgap",
     "pipeline",
+    "stages",
     "export",
     "final",
     "report",
