@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from forgelm.run.files import write_text
 Moved = Callable[[int], None]
 
 _SLACK = 1 << 12
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -98,31 +98,37 @@ def _repos(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return list(manifest["repositories"])
 
 
-def _refused(file: Path, problems: Sequence[str]) -> RunError:
-    lines = [f"{file.name}: {problem}" for problem in problems]
+def _refused(file: Path, problems: Sequence[str], remedy: str | None = None) -> RunError:
+    said = [*verify.few(problems), *([remedy] if remedy else [])]
+    lines = [f"{file.name}: {line.removeprefix(f'{file.name}: ')}" for line in said]
     return RunError("\n".join([*lines, f"{file}: refused, and nothing of it was imported"]))
 
 
 def _scan(file: Path) -> bytes:
     """The manifest, once the names of all members are seen to be harmless."""
+    if (file / verify.MANIFEST).is_file():
+        raise ConfigError(
+            f"{file}: a folder that a bundle was unpacked in; it needs no import: "
+            f"export HF_HOME={shlex.quote(str(file.absolute()))}"
+        )
     try:
-        _, paths, found = verify.find_parts(file)
+        _, paths, found = verify.find_parts(file, "the archive, or its first part")
     except verify.NotThere as error:
-        raise ConfigError(f"{error}; give the archive, or its first part") from error
+        raise ConfigError(str(error)) from error
     if found:
         raise _refused(file, [str(problem) for problem in found])
-    problems, data = [], b""
+    data, damage = b"", []
     names: set[str] = set()
+    members = verify.Members(file.name)
     with verify.Archive(paths) as archive:
         try:
             for member in archive.members():
-                if problem := verify.odd_member(member, names):
-                    problems.append(f"{member.name}: {problem}")
-                elif member.name == verify.MANIFEST:
+                if members.allowed(member, names) and member.name == verify.MANIFEST:
                     data = b"".join(archive.content())
                 names.add(member.name)
         except verify.Damaged as error:
-            problems.append(str(error))
+            damage = [] if members.repacked else [str(error)]
+    problems = [*map(str, members.problems()), *damage]
     if not data and not problems:
         problems.append(f"{verify.MANIFEST}: missing: this is no bundle")
     if problems:
@@ -184,11 +190,9 @@ def _check_left_out(file: Path, lacking: Sequence[Entry], places: Mapping[str, P
         return
     lines = [
         str(entry.says(f"left out of this bundle, and not in {verify.target(entry.path, places)}"))
-        for entry in lacking[:_SHOWN]
+        for entry in lacking
     ]
-    if len(lacking) > _SHOWN:
-        lines.append(f"and {len(lacking) - _SHOWN} more files")
-    raise _refused(file, [*lines, "import the bundle that it was made against first"])
+    raise _refused(file, lines, "import the bundle that it was made against first")
 
 
 @contextmanager

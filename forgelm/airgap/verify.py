@@ -44,12 +44,26 @@ _PART = re.compile(r"(.+)\.part-(\d{3})")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_FEW = 10
+_HEADER = "a header other than forgelm bundle writes"
 _ODD = {
     b"1": "a hard link",
     b"3": "a device",
     b"4": "a device",
     b"5": "a folder",
     b"6": "a pipe",
+}
+# What any other program that packs the same files puts into an archive.
+_FOREIGN = (_HEADER, "a folder", "of type b'g'", "of type b'K'", "of type b'L'")
+_BESIDE = (".sha256", f".{VERIFIER}")
+_AUDIT_LOG = "audit_log.jsonl"
+_ARCHIVE_OR_MANIFEST = f"the archive, its first part, or FILE.{MANIFEST}"
+_PACKERS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
 }
 
 
@@ -246,8 +260,7 @@ class Archive:
             return Member(name, 0, None, _ODD.get(kind, f"of type {kind!r}")), follows
         known = Member(name, 0, link, None) if kind == b"2" else Member(name, size, None, None)
         if header(known.name, known.size, known.link) != raw:
-            odd = "a header other than forgelm bundle writes"
-            known = Member(known.name, known.size, known.link, odd)
+            known = Member(known.name, known.size, known.link, _HEADER)
         return known, known.size
 
     def _exactly(self, count: int) -> bytes:
@@ -310,6 +323,9 @@ def _fields(block: bytes, start: int) -> tuple[str, int, bytes, str]:
             name = f"{prefix}/{name}"
         return name, size, fields[7], fields[8].rstrip(b"\0").decode()
     except ValueError:
+        packer = next((by for first, by in _PACKERS.items() if block.startswith(first)), None)
+        if packer is not None and start == 0:
+            raise Damaged(f"was packed by {packer}; unpack it by that first") from None
         raise Damaged(f"a damaged header at byte {start}, or no archive") from None
 
 
@@ -506,12 +522,18 @@ Keep = Callable[[str], "BinaryIO | None"]
 Moved = Callable[[int], None]
 
 
-def find_parts(path: Path) -> tuple[Path, list[Path], list[Problem]]:
+def find_parts(
+    path: Path, give: str = _ARCHIVE_OR_MANIFEST
+) -> tuple[Path, list[Path], list[Problem]]:
     """An archive's name without its part, its files in order, and what is wrong with these.
 
+    `give`: what may be given instead of what isn't there.
+
     Raises:
-        NotThere: there is no such archive.
+        NotThere: there is no such archive; in words that say what to give instead.
     """
+    if path.is_file() and (instead := _beside(path)):
+        raise NotThere(f"{path}: {instead}")
     split = _PART.fullmatch(path.name)
     whole = path.with_name(split[1]) if split else path
     if not split and path.is_file():
@@ -522,7 +544,7 @@ def find_parts(path: Path) -> tuple[Path, list[Path], list[Problem]]:
         if (match := _PART.fullmatch(one.name)) and match[1] == whole.name
     }
     if not found:
-        raise NotThere(f"{path}: no such file")
+        raise NotThere(f"{path}: {_no_archive(path, give)}")
     listed = [_PART.fullmatch(name) for name in sums_beside(whole)]
     numbers = {int(match[2]) for match in listed if match} or set(range(max(found) + 1))
     problems = [
@@ -536,6 +558,33 @@ def find_parts(path: Path) -> tuple[Path, list[Path], list[Problem]]:
     return whole, [found[number] for number in sorted(found)], problems
 
 
+def _beside(path: Path) -> str | None:
+    """What a file is that can be taken for an archive; None: it may be one."""
+    if path.name == _AUDIT_LOG:
+        return f"an audit log; forgelm verify-audit {path} checks it"
+    for suffix in (*_BESIDE, f".{MANIFEST}"):
+        if path.name.endswith(suffix) and path.name != suffix:
+            return f"lies beside an archive; give that: {path.with_name(path.name[: -len(suffix)])}"
+    return None
+
+
+def _no_archive(path: Path, give: str) -> str:
+    """What stands where an archive should, and what to give instead."""
+    if not path.is_dir():
+        return f"no such file; give {give}"
+    if (path / MANIFEST).is_file():
+        return (
+            f"a folder that a bundle was unpacked in; give {path / MANIFEST} with "
+            f"--cache-dir {path}"
+        )
+    beside = sorted(one.name for one in path.iterdir() if one.name.endswith(f".{MANIFEST}"))
+    if beside:
+        return f"a folder; give the archive in it: {path / beside[0][: -len(MANIFEST) - 1]}"
+    if next(path.iterdir(), None) is None:
+        return f"an empty folder; give {give}"
+    return f"a folder; give {give} (a cache is checked by forgelm doctor --offline)"
+
+
 def sums_beside(archive: Path) -> dict[str, str]:
     """What the file FILE.sha256 beside an archive says: names and hashes; empty without one."""
     try:
@@ -543,6 +592,49 @@ def sums_beside(archive: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {line[66:]: line[:64] for line in lines if _SHA256.fullmatch(line[:64])}
+
+
+class Members:
+    """An archive's members as they are met; which of them no bundle has, and why."""
+
+    def __init__(self, archive: str) -> None:
+        self._archive = archive
+        self._count = 0
+        self._foreign: list[Problem] = []
+        self._others: list[Problem] = []
+
+    def allowed(self, member: Member, seen: Container[str]) -> bool:
+        """Whether a bundle may have it; `seen`: the names before it."""
+        self._count += 1
+        problem = odd_member(member, seen)
+        if problem is None:
+            return True
+        # Also by a name such as ./hub/..., which any other is refused for.
+        harmless = problem == f"unsafe: {member.odd}" or member.name.startswith("./")
+        foreign = harmless and member.odd in _FOREIGN
+        (self._foreign if foreign else self._others).append(Problem(member.name, problem))
+        return False
+
+    @property
+    def repacked(self) -> bool:
+        """Whether it looks as if another program had packed it."""
+        return 2 * len(self._foreign) > self._count
+
+    def problems(self) -> list[Problem]:
+        if not self.repacked:
+            return [*self._others, *self._foreign]
+        text = (
+            f"looks repacked: {len(self._foreign)} of {self._count} headers aren't those that "
+            "forgelm bundle writes (owners, times, folders); carry the archive that it wrote, as "
+            "it is, or unpack this one and check the folder by the manifest"
+        )
+        return [Problem(self._archive, text), *self._others]
+
+
+def few(lines: Sequence[str]) -> list[str]:
+    """The first lines of a list, and how many more there are."""
+    more = len(lines) - _FEW
+    return [*lines] if more <= 1 else [*lines[:_FEW], f"and {more} more"]
 
 
 def check_archive(
@@ -563,16 +655,21 @@ def check_archive(
         return report
     seen: dict[str, _Seen] = {}
     own: dict[str, bytes] = {}
+    members = Members(whole.name)
     with Archive(paths) as archive:
         try:
             for member in archive.members():
-                if problem := odd_member(member, seen):
-                    report.problems.append(Problem(member.name, problem))
-                else:
+                if members.allowed(member, seen):
                     seen[member.name] = _read(archive, member, keep, own, moved)
         except Damaged as error:
-            report.problems.append(Problem(whole.name, str(error)))
+            report.problems += members.problems()
+            # What other programs pack ends in another way too.
+            if not members.repacked:
+                report.problems.append(Problem(whole.name, str(error)))
             return report
+    report.problems += members.problems()
+    if members.repacked:
+        return report
     report.files = len(seen)
     report.size_bytes = sum(file.size for file in seen.values())
     _check_seen(seen, own, sums_beside(whole).get(f"{whole.name}.{MANIFEST}"), report)
@@ -712,7 +809,7 @@ def check_folder(path: Path, places: Mapping[str, Path], whole: bool) -> Report:
         OSError: it can't be read.
     """
     if not path.is_file():
-        raise NotThere(f"{path}: no such file")
+        raise NotThere(f"{path}: {_no_archive(path, _ARCHIVE_OR_MANIFEST)}")
     data = path.read_bytes()
     report = Report(manifest_sha256=hashlib.sha256(data).hexdigest())
     try:
@@ -788,11 +885,18 @@ def check(path: Path, cache_dir: Path | None, datasets_cache: Path | None) -> Re
         NotThere: there is nothing to check.
         OSError: it can't be read.
     """
+    folders = {"--cache-dir": cache_dir, "--datasets-cache": datasets_cache}
+    for flag, folder in folders.items():
+        if folder is not None and not is_manifest(path) and path.exists():
+            raise NotThere(
+                f"{flag} {folder}: goes with a manifest; give {path.name}.{MANIFEST}, or no {flag}"
+            )
+        if folder is not None and not folder.is_dir():
+            raise NotThere(f"{flag} {folder}: no such folder")
+    if cache_dir is not None and next(cache_dir.iterdir(), None) is None:
+        raise NotThere(f"--cache-dir {cache_dir}: an empty folder; give the one with the files")
     if not is_manifest(path):
         return check_archive(path)
-    for folder in (cache_dir, datasets_cache):
-        if folder is not None and not folder.is_dir():
-            raise NotThere(f"{folder}: no such folder")
     whole = cache_dir is not None and datasets_cache is None and is_unpacked(cache_dir)
     if cache_dir is not None and whole:
         return check_folder(path, places_in(cache_dir), True)
@@ -865,8 +969,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"success": not report.problems, **result}, indent=2))
     elif not report.problems:
         print(text_of(result))
-    for problem in report.problems:
-        print(f"verify.py: {problem}", file=sys.stderr)
+    for line in few([str(problem) for problem in report.problems]):
+        print(f"verify.py: {line}", file=sys.stderr)
     return EXIT_WRONG if report.problems else EXIT_OK
 
 

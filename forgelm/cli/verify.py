@@ -28,12 +28,11 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
         with disk_errors(arguments.file):
             report = verify.check(arguments.file, arguments.cache_dir, arguments.datasets_cache)
     except verify.NotThere as error:
-        raise ConfigError(
-            f"{error}; give the archive, its first part, or FILE.manifest.json"
-        ) from error
+        raise ConfigError(str(error)) from error
     result = verify.result_of(report)
     if report.problems:
-        return Failed(result, [RunError(str(problem)) for problem in report.problems])
+        lines = verify.few([str(problem) for problem in report.problems])
+        return Failed(result, [RunError(line) for line in lines])
     return result
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from forgelm.cli.arguments import Failed, answer, cache_parser, listen
+
+_PACKED = re.compile(r"\.tar(\.|$)|\.manifest\.json$")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,17 +21,24 @@ def main(argv: Sequence[str]) -> int:
 
 def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap.audit import LOG, check
+    from forgelm.airgap.staging import disk_errors
     from forgelm.errors import ConfigError, RunError
     from forgelm.log import log
 
     listen(arguments)
     path = Path(arguments.path)
+    give = f"give an {LOG}, or the folder that holds it"
     if not path.is_dir() and path.name != LOG:
-        raise ConfigError(f"{path}: not an audit log; give an {LOG}, or the folder that holds it")
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file or folder; {give}")
+        hint = " (forgelm verify checks bundles)" if _PACKED.search(path.name) else ""
+        raise ConfigError(f"{path}: not an audit log; {give}{hint}")
     folder = path if path.is_dir() else path.parent
-    chain = check(folder)
+    with disk_errors(folder / LOG):
+        chain = check(folder)
     if chain is None:
-        raise ConfigError(f"{folder / LOG}: no such audit log; give the folder that holds one")
+        what = "holds no line" if (folder / LOG).exists() else "no such audit log"
+        raise ConfigError(f"{folder / LOG}: {what}; {give}")
     if chain.unchecked:
         log.warning("its lines are signed: set FORGELM_AUDIT_SECRET to check that too")
     result = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import resource
 import subprocess
@@ -333,14 +332,21 @@ def test_a_secret_finds_what_was_computed_anew(
         ("nowhere", "nowhere/audit_log.jsonl: no such audit log"),
         ("other.jsonl", "other.jsonl: not an audit log; give an audit_log.jsonl"),
         (".", "audit_log.jsonl: no such audit log"),
+        ("nothing", "nothing: no such file or folder; give an audit_log.jsonl, or the folder"),
+        ("nothing/audit_log.jsonl", "nothing/audit_log.jsonl: no such audit log"),
+        ("all.tar", "not an audit log; give an audit_log.jsonl, or the folder that holds it (forg"),
+        ("empty", "empty/audit_log.jsonl: holds no line"),
     ],
 )
-def test_no_log_is_a_wrong_request(path: str, said: str, forgelm: Command) -> None:
-    if path == "nowhere":
-        os.mkdir(path)
+def test_no_log_is_a_wrong_request(path: str, said: str, forgelm: Command, tmp_path: Path) -> None:
+    for name in ("nowhere", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("empty/audit_log.jsonl", "other.jsonl", "all.tar"):
+        (tmp_path / name).touch()
     done = forgelm("verify-audit", path)
     assert done.code == 1
     assert said in done.err
+    assert len(done.err.splitlines()) == 1
 
 
 def test_the_catalogue_is_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import io
 import json
@@ -355,13 +356,50 @@ def test_what_verify_says(packed: Path, forgelm: Command) -> None:
         (("none.tar",), "none.tar: no such file; give the archive, its first part, or"),
         (("none.json",), "none.json: no such file"),
         (("all.tar.manifest.json", "--cache-dir", "none"), "none: no such folder"),
-        (("home",), "home: no such file"),
+        (("all.tar.manifest.json", "--cache-dir", "empty"), "--cache-dir empty: an empty folder;"),
+        (("all.tar", "--cache-dir", "home"), "--cache-dir home: goes with a manifest; give all.ta"),
+        (("home",), "home: a folder; give the archive, its first part, or FILE.manifest.json"),
+        (("empty",), "empty: an empty folder; give the archive, its first part, or FILE.man"),
+        ((".",), ".: a folder; give the archive in it: all.tar"),
+        (("all.tar.sha256",), "all.tar.sha256: lies beside an archive; give that: all.tar"),
+        (
+            ("unpacked",),
+            "unpacked: a folder that a bundle was unpacked in; give unpacked/manifest.",
+        ),
+        (("audit_log.jsonl",), "an audit log; forgelm verify-audit audit_log.jsonl checks it"),
     ],
 )
 def test_wrong_requests_to_verify(
     packed: Path, forgelm: Command, words: tuple[str, ...], text: str
 ) -> None:
-    refused(forgelm("verify", *words), text, code=1)
+    others(packed)
+    result = forgelm("verify", *words)
+    refused(result, text, code=1)
+    assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("none.tar", "none.tar: no such file; give the archive, or its first part"),
+        ("empty", "empty: an empty folder; give the archive, or its first part"),
+        ("all.tar.manifest.json", "lies beside an archive; give that: all.tar"),
+        ("unpacked", "it needs no import: export HF_HOME="),
+    ],
+)
+def test_wrong_requests_to_import(packed: Path, forgelm: Command, name: str, text: str) -> None:
+    others(packed)
+    result = forgelm("import", name, "--output", "new")
+    refused(result, text, code=1)
+    assert len(result.err.splitlines()) == 1
+    assert not packed.with_name("new").exists()
+
+
+def others(archive: Path) -> None:
+    """What else may lie where an archive is looked for."""
+    archive.with_name("empty").mkdir()
+    put(archive.with_name("unpacked") / "manifest.json", b"{}")
+    put(archive.with_name("audit_log.jsonl"), b"{}")
 
 
 def offset_of(archive: Path, name: str) -> int:
@@ -408,6 +446,64 @@ def test_a_cut_archive_is_refused(
 def test_another_file_is_no_archive(packed: Path, forgelm: Command) -> None:
     packed.write_bytes(WEIGHTS)
     refused(forgelm("verify", "all.tar"), "a damaged header at byte 0, or no archive")
+
+
+def test_a_compressed_archive_is_told(packed: Path, forgelm: Command) -> None:
+    packed.write_bytes(gzip.compress(packed.read_bytes()))
+    refused(forgelm("verify", "all.tar"), "all.tar: was packed by gzip; unpack it by that first")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--format=gnu", "hub", "datasets", "modules", "verify.py", "manifest.json"],
+        ["--format=posix", "."],
+        ["--format=ustar", "--sort=name", "--owner=0", "--group=0", "--mtime=@0", "hub"],
+    ],
+    ids=lambda how: how[0],
+)
+def test_a_repacked_archive_is_told_in_a_line(
+    packed: Path, forgelm: Command, tmp_path: Path, how: list[str]
+) -> None:
+    folder = tmp_path / "unpacked"
+    folder.mkdir()
+    subprocess.run(["tar", "xf", str(packed), "-C", str(folder)], check=True)
+    subprocess.run(["tar", "cf", str(packed), "-C", str(folder), *how], check=True)
+    said = " headers aren't those that forgelm bundle writes (owners, times, folders); carry"
+    result = forgelm("verify", "all.tar")
+    refused(result, "forgelm: all.tar: looks repacked: ", said)
+    assert len(result.err.splitlines()) == 1
+    result = forgelm("import", "all.tar", "--output", "new")
+    refused(result, "forgelm: all.tar: looks repacked: ", said, "nothing of it was imported")
+    assert len(result.err.splitlines()) == 2
+    assert not (tmp_path / "new").exists()
+    place = ("all.tar.manifest.json", "--cache-dir", "unpacked")
+    assert forgelm("verify", *place).code == 0
+
+
+def test_of_many_problems_the_first_are_said(
+    packed: Path, cache: Cache, forgelm: Command, tmp_path: Path
+) -> None:
+    """As text; a program is given all."""
+    with tarfile.open(packed) as opened:
+        opened.extractall(tmp_path / "unpacked", filter="data")
+    shutil.rmtree(tmp_path / "unpacked" / "hub")
+    place = ("all.tar.manifest.json", "--cache-dir", "unpacked")
+    found = document(forgelm("verify", *place, "--output-format", "json"))["problems"]
+    lines = forgelm("verify", *place).err.splitlines()
+    assert lines[0] == f"forgelm: {found[0]['path']}: {found[0]['problem']}"
+    assert lines[10:] == [f"forgelm: and {len(found) - 10} more"]
+    assert script("all.tar.verify.py", *place).stderr.splitlines()[10:] == [
+        f"verify.py: and {len(found) - 10} more"
+    ]
+    files = {f"datasets/{number:02d}": b"." for number in range(20)}
+    bad = craft(tmp_path / "bad.tar", {}, files)
+    lines = forgelm("import", bad.name, "--output", "new").err.splitlines()
+    assert lines[9:] == [
+        "forgelm: bad.tar: datasets/09: extra: not in the manifest",
+        "forgelm: bad.tar: and 10 more",
+        "forgelm: bad.tar: refused, and nothing of it was imported",
+    ]
 
 
 def test_a_manifest_swapped_with_all_its_hashes_differs_from_the_sidecar(
