@@ -35,9 +35,15 @@ class Plan:
 
 
 def resolve(
-    config: RunConfig, overrides: list[str], in_sweep: bool, teacher_run: RunConfig | None
+    config: RunConfig,
+    overrides: list[str],
+    in_sweep: bool,
+    teacher_run: RunConfig | None,
+    sealing: bool = True,
 ) -> Plan:
     """Plan a run; `teacher_run` is the config of the run that `teacher=auto` stands for, if any.
+
+    That one is sealed, unless `sealing` is off: then nothing is written.
 
     Raises:
         ConfigError: a run that was named can't be used so.
@@ -45,7 +51,7 @@ def resolve(
     config = replace(config, output_root=str(Path(config.output_root).expanduser()))
     if config.resume is not None:
         return _gone_on_with(config, overrides)
-    teacher, fresh = _teacher(config, overrides, teacher_run)
+    teacher, fresh = _teacher(config, teacher_run, sealing)
     config = replace(config, teacher=teacher)
     paths, digest = locate(config, in_sweep), config_hash(config)
     place = RunPaths(paths.root.resolve())
@@ -146,8 +152,13 @@ def _never_began(paths: RunPaths) -> bool:
     return state is not None and (state.status, state.stage) == (Status.failed, Stage.setup)
 
 
+def planned_teacher(config: RunConfig, teacher_run: RunConfig) -> Plan:
+    """The plan of the run that `teacher=auto` stands for."""
+    return resolve(teacher_run, [f"experiment={config.task.teacher_experiment}"], False, None)
+
+
 def _teacher(
-    config: RunConfig, overrides: list[str], teacher_run: RunConfig | None
+    config: RunConfig, teacher_run: RunConfig | None, sealing: bool
 ) -> tuple[TeacherConfig, Path | None]:
     """The teacher, and its run's directory where that was sealed just now."""
     teacher, task = config.teacher, config.task
@@ -166,9 +177,10 @@ def _teacher(
         path, revision = task.teacher, task.teacher_revision
         return replace(teacher, kind=TeacherKind.path, path=path, revision=revision), None
     if teacher_run is not None:
-        plan = resolve(teacher_run, [f"experiment={task.teacher_experiment}"], False, None)
+        plan = planned_teacher(config, teacher_run)
         fresh = None if plan.paths.root.is_dir() else plan.paths.root
-        seal(plan.paths, plan.config, plan.digest, plan.overrides)
+        if sealing:
+            seal(plan.paths, plan.config, plan.digest, plan.overrides)
         run = str(plan.paths.root)
         return replace(teacher, kind=TeacherKind.run, run=run, run_hash=plan.digest), fresh
     return teacher, None

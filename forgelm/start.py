@@ -8,12 +8,12 @@ import logging
 import shlex
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from forgelm import slurm, stop
-from forgelm.airgap.needs import lacking
+from forgelm.airgap.missing import check_caches
 from forgelm.config.schema import LaunchConfig, RunConfig, TeacherKind
 from forgelm.errors import (
     EXIT_OK,
@@ -139,46 +139,11 @@ def _begin(plan: Plan, ranks: Ranks, flags: Sequence[str]) -> None:
         say(f"{plan.paths.root} is complete; its results are in eval.json")
         return
     if offline():
-        _check_caches(plan, flags)
+        check_caches(plan, flags)
     if plan.config.teacher.kind is TeacherKind.run:
         alone = ranks.world.size == 1
         _make_sure_of_teacher(plan, RunPaths(Path(str(plan.config.teacher.run))), alone)
     _run(plan, ranks)
-
-
-def _check_caches(plan: Plan, flags: Sequence[str]) -> None:
-    """Without a network, all that the run and its teacher's run need must be here: before torch."""
-    plans = [plan]
-    if plan.config.teacher.kind is TeacherKind.run:
-        teacher = RunPaths(Path(str(plan.config.teacher.run)))
-        plans += [] if is_complete(teacher) else [sealed_plan(teacher.root)]
-    problems = []
-    for one in plans:
-        problems += lacking(one.config, _revisions(one))
-    if problems:
-        words = [*flags, *_pinned(plan.overrides, _revisions(plan))]
-        command = f"forgelm cache {shlex.join(words)}".rstrip()
-        problems.append(f"HF_HUB_OFFLINE is set here; where there is a network: {command}")
-        raise RunError("\n".join(dict.fromkeys(problems)))
-
-
-def _revisions(plan: Plan) -> dict[str, str | None]:
-    """The commits that a run was begun with."""
-    known = read_json(plan.paths.metadata) if plan.paths.metadata.is_file() else {}
-    return known.get("revisions") or {}
-
-
-def _pinned(overrides: Sequence[str], revisions: Mapping[str, str | None]) -> list[str]:
-    """Overrides that ask for the commits that a run was begun with, wherever the hub is by now."""
-    own = any(word.startswith("teacher.path=") for word in overrides)
-    keys = {
-        "model": "model.revision",
-        "dataset": "task.revision",
-        "teacher": "teacher.revision" if own else "task.teacher_revision",
-    }
-    commits = {key: revisions[name] for name, key in keys.items() if revisions.get(name)}
-    kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in commits]
-    return kept + [f"{key}={commit}" for key, commit in commits.items()]
 
 
 def _make_sure_of_teacher(student: Plan, paths: RunPaths, alone: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 from forgelm.config import lm_index
@@ -20,12 +21,18 @@ _MODEL = ("config.json", SETTINGS)
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and who needs it; `base` is where an adapter's base is, if not where it says."""
+    """A model, and who needs it.
+
+    Attributes:
+        base: where an adapter's base is, if not where it says.
+        base_revision: the base's, if another than it says.
+    """
 
     role: str
     path: str
     revision: str = "main"
     base: str | None = None
+    base_revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,29 @@ class Needs:
     tasks: tuple[Tasks, ...]
 
 
-def needs(configs: Iterable[RunConfig]) -> Needs:
-    """What runs need, folders of this machine included as far as they may be adapters."""
+Commits = Mapping[str, str | None]
+"""Those that a run was begun with, as its metadata has them: of "model", "base", "dataset", ..."""
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What a cache lacks, in a line; `base`: an adapter's base at the commit that a run needs."""
+
+    line: str
+    base: str | None = None
+
+
+def needs(configs: Iterable[RunConfig], begun: Iterable[Commits] | None = None) -> Needs:
+    """What runs need, folders of this machine included as far as they may be adapters.
+
+    `begun`: the commits of each, where it was begun already.
+    """
     models: dict[Model, None] = {}
     data: dict[Data, None] = {}
     tasks: dict[Tasks, None] = {}
-    for config in configs:
-        models |= dict.fromkeys(_models(config))
+    for asked_for, commits in zip(configs, begun or repeat({})):  # noqa: B905
+        config = at_commits(asked_for, commits)
+        models |= dict.fromkeys(_models(config, commits))
         task, asked = config.task, config.eval.lm_eval
         if task.dataset and not is_local(task.dataset):
             data[Data(task.dataset, task.dataset_config, task.revision)] = None
@@ -69,21 +92,24 @@ def needs(configs: Iterable[RunConfig]) -> Needs:
     return Needs(tuple(models), tuple(data), tuple(tasks))
 
 
-def _models(config: RunConfig) -> Iterator[Model]:
+def _models(config: RunConfig, commits: Commits) -> Iterator[Model]:
     model, teacher, task = config.model, config.teacher, config.task
     if model.path:
-        yield Model("model", model.path, model.revision, model.base)
+        yield Model("model", model.path, model.revision, model.base, commits.get("base"))
     if not uses_teacher(config):
         return
+    base = commits.get("teacher_base")
     if teacher.path:
-        yield Model("teacher", teacher.path, teacher.revision)
+        yield Model("teacher", teacher.path, teacher.revision, base_revision=base)
     elif teacher.run:
-        yield Model("teacher", teacher.run)
+        # A run that isn't trained yet holds no model.
+        if any((Path(teacher.run) / name).is_file() for name in _MODEL):
+            yield Model("teacher", teacher.run, base_revision=base)
     elif teacher.kind is TeacherKind.auto and task.teacher:
         yield Model("teacher", task.teacher, task.teacher_revision)
 
 
-def at_commits(config: RunConfig, revisions: Mapping[str, str | None]) -> RunConfig:
+def at_commits(config: RunConfig, revisions: Commits) -> RunConfig:
     """A run's config with the commits that it was begun with for its revisions."""
     model, task, teacher = config.model, config.task, config.teacher
     return replace(
@@ -102,7 +128,7 @@ def base_of(model: Model, folder: Path) -> Model | None:
     named = model.base or settings.get("base_model_name_or_path")
     if not isinstance(named, str):
         return None
-    revision = None if model.base else settings.get("revision")
+    revision = model.base_revision or (None if model.base else settings.get("revision"))
     return Model(f"{model.role}'s base", named, str(revision or "main"))
 
 
@@ -114,18 +140,19 @@ def _json(file: Path) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-def lacking(config: RunConfig, pinned: Mapping[str, str | None]) -> list[str]:
-    """What a run needs and the caches lack, a line each.
+def lacking(config: RunConfig, pinned: Commits) -> list[Lack]:
+    """What a run needs and the caches lack.
 
     `pinned`: the commits of the run's repositories, where it was begun already.
     """
     wanted = needs([config])
-    lines = [line for one in wanted.models for line in _lacking(one, pinned)]
-    lines += [line for one in wanted.data for line in _unprepared(one, pinned)]
-    return lines + [line for one in wanted.tasks for line in _untried(one)]
+    found = [lack for one in wanted.models for lack in _lacking(one, pinned)]
+    lines = [line for one in wanted.data for line in _unprepared(one, pinned)]
+    lines += [line for one in wanted.tasks for line in _untried(one)]
+    return found + [Lack(line) for line in lines]
 
 
-def _lacking(model: Model, pinned: Mapping[str, str | None]) -> Iterator[str]:
+def _lacking(model: Model, pinned: Commits) -> Iterator[Lack]:
     thing = f"{model.role} {model.path}"
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
@@ -133,18 +160,19 @@ def _lacking(model: Model, pinned: Mapping[str, str | None]) -> Iterator[str]:
             # A folder that isn't there: whoever loads it says what to do.
             return
         repo = CachedRepo(hub_cache(), "model", model.path)
-        commit = pinned.get(_PINNED.get(model.role, "")) or cached_commit(repo, model.revision)
-        if commit is None:
-            at = "" if model.revision == "main" else f"@{model.revision}"
-            yield f"{thing}{at}: not in the cache {repo.hub}"
+        begun_with = pinned.get(_PINNED.get(model.role, ""))
+        commit = begun_with or cached_commit(repo, model.revision)
+        needed = f"{model.path}@{begun_with}" if begun_with and model.role in _BASES else None
+        if commit is None or not repo.snapshot(commit).is_dir():
+            at = begun_with or ("" if model.revision == "main" else model.revision)
+            yield Lack(f"{thing}{at and '@' + at}: not in the cache {repo.hub}", needed)
             return
         folder = repo.snapshot(commit)
         lacks = repo.missing(commit) or []
+        if not lacks and not any((folder / name).is_file() for name in _MODEL):
+            lacks = [" and ".join(_MODEL)]
         if lacks:
-            yield f"{thing} at {commit[:12]}: {repo.hub} lacks {_few(lacks)}"
-            return
-        if not any((folder / name).is_file() for name in _MODEL):
-            yield f"{thing} at {commit[:12]}: {repo.hub} lacks {' and '.join(_MODEL)}"
+            yield Lack(f"{thing} at {commit[:12]}: {repo.hub} lacks {_few(lacks)}", needed)
             return
     base = base_of(model, folder)
     if base is not None:
@@ -157,9 +185,10 @@ _PINNED = {
     "teacher": "teacher",
     "teacher's base": "teacher_base",
 }
+_BASES = ("model's base", "teacher's base")
 
 
-def _unprepared(data: Data, pinned: Mapping[str, str | None]) -> Iterator[str]:
+def _unprepared(data: Data, pinned: Commits) -> Iterator[str]:
     thing = f"data set {data.path}{f', {data.config}' if data.config else ''}"
     repo = CachedRepo(hub_cache(), "dataset", data.path)
     commit = pinned.get("dataset") or cached_commit(repo, data.revision)

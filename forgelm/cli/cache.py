@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from forgelm.cli.arguments import Failed, WithOverrides, answer, cache_parser, listen
 
 if TYPE_CHECKING:
+    from forgelm.airgap.needs import Commits
     from forgelm.config.schema import RunConfig
 
 
@@ -46,11 +47,12 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     register_schema()
     if any(word in ("--cfg", "-c") or word.startswith("--cfg=") for word in arguments.words):
         raise ConfigError("--cfg shows a config and caches nothing: forgelm train --cfg job ...")
-    points = [_sealed(point.config) for point in check_request(request)]
+    points = [run for point in check_request(request) for run in _sealed(point.config)]
     refuse_offline("cache")
     compose = Composer(request).compose
-    teachers = [made for one in points if (made := teacher_run(one, compose)) is not None]
-    wanted = needs([*points, *teachers])
+    made = [teacher_run(config, compose) for config, _ in points]
+    configs, begun = zip(*points, *((config, {}) for config in made if config), strict=True)
+    wanted = needs(configs, begun)
     caches = Caches.usual()
     audit = AuditLog.open(Path(arguments.audit_dir) if arguments.audit_dir else caches.hub)
     asked = {
@@ -87,25 +89,28 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     return result
 
 
-def _sealed(config: RunConfig) -> RunConfig:
-    """The config of the run that `resume=` names, at the commits that it was begun with.
+def _sealed(config: RunConfig) -> list[tuple[RunConfig, Commits]]:
+    """A run, or that which `resume=` names, with the sealed ones that are to be trained before.
+
+    Each with the commits that it was begun with.
 
     Raises:
         ConfigError: there is no such run, nor that of `teacher.run`.
     """
-    from forgelm.airgap.needs import at_commits
+    from forgelm.airgap.missing import revisions, untrained_teachers
     from forgelm.resolve import sealed_plan
-    from forgelm.run.files import read_json
     from forgelm.run.find import find_run
 
     root = Path(config.output_root).expanduser()
+    begun: Commits = {}
     if config.resume is not None:
         plan = sealed_plan(find_run(config.resume, root).root)
-        return at_commits(plan.config, read_json(plan.paths.metadata).get("revisions") or {})
-    if config.teacher.run is not None:
+        config, begun = plan.config, revisions(plan)
+    elif config.teacher.run is not None:
         teacher = str(find_run(config.teacher.run, root).root)
-        return replace(config, teacher=replace(config.teacher, run=teacher))
-    return config
+        config = replace(config, teacher=replace(config.teacher, run=teacher))
+    teachers = [(plan.config, revisions(plan)) for plan in untrained_teachers(config)]
+    return [(config, begun), *teachers]
 
 
 def _shown(one: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from forgelm.config.compose import (
 from forgelm.config.request import Point, check_request, teacher_run
 from forgelm.config.schema import RunConfig
 from forgelm.errors import EXIT_OK, ConfigError, ForgeError, worst
+from forgelm.hubcache import offline
 
 _codes: list[int] = []
 
@@ -80,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
                 from forgelm.cli.resume import go_on
 
                 return go_on(run, [w for w in arguments.overrides if not w.startswith("resume=")])
+            if arguments.multirun and offline():
+                _check_caches(points, arguments, argv)
             if launcher is not None:
                 return _submit(points, launcher, arguments)
     _codes.clear()
@@ -105,6 +108,19 @@ def _submit(points: list[Point], launcher: dict[str, Any], arguments: argparse.N
         plan = resolve(point.config, point.overrides, arguments.multirun, teacher)
         plans.append(settle(plan))
     return submit_all(plans, launcher, points[0].config.launch.wait)
+
+
+def _check_caches(points: list[Point], arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Without a network, all that the points of a sweep need must be here, before the first."""
+    from forgelm.airgap.missing import Asked, check_sweep
+
+    if any(word.startswith("hydra/sweeper=") for word in arguments.overrides):
+        # What it will ask for isn't known yet.
+        return
+    compose = Composer(_request(arguments)).compose
+    asked = [Asked(one.config, one.overrides, teacher_run(one.config, compose)) for one in points]
+    words = [word for word in argv if not word.startswith(("hydra/", "hydra."))]
+    check_sweep(asked, arguments.multirun, words)
 
 
 def _check_same(launcher: dict[str, Any], other: dict[str, Any] | None) -> None:

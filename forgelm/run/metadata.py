@@ -17,6 +17,7 @@ from forgelm import __version__
 from forgelm.redact import redact
 
 _MAX_DIFF = 1 << 20
+_SHORT = {"-cp": "--config-path", "-cd": "--config-dir", "-cn": "--config-name"}
 _PACKAGES = (
     "accelerate",
     "bitsandbytes",
@@ -39,6 +40,18 @@ def command_line() -> str:
     """The command as typed, less what looks like a token."""
     program = Path(sys.argv[0]).name
     return redact(shlex.join(["forgelm" if program == "__main__.py" else program, *sys.argv[1:]]))
+
+
+def config_flags(command: str) -> list[str]:
+    """Hydra's flags of a command line as recorded that say where its configs came from."""
+    words = iter(shlex.split(command))
+    found: list[str] = []
+    for word in words:
+        flag, given, value = word.partition("=")
+        flag = _SHORT.get(flag, flag)
+        if flag in _SHORT.values():
+            found += [flag, value if given else next(words, "")]
+    return found
 
 
 def now() -> str:

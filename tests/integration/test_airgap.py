@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -51,6 +52,11 @@ task: {dataset: org/rows, max_length: 48}
 model: {name: adapter, path: org/adapter, lora: {enabled: true}}
 """,
 }
+TAUGHT = """
+defaults: [{override /task: causal_lm}, {override /mode: kd}, {override /model: custom}]
+task: {dataset: org/rows, max_length: 48, teacher_experiment: tuned}
+model: {name: student, path: org/student}
+"""
 SUMS = """
 task: sums
 dataset_path: org/sums
@@ -158,8 +164,10 @@ def definitions(work: Path) -> None:
         path = work / "tasks" / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    for name, text in EXPERIMENTS.items():
-        path = work / "own" / "experiment" / f"{name}.yaml"
+    written = {f"own/experiment/{name}": text for name, text in EXPERIMENTS.items()}
+    written |= {"taught/experiment/taught": TAUGHT, "taught/experiment/tuned": EXPERIMENTS["tuned"]}
+    for name, text in written.items():
+        path = work / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# @package _global_{text}".replace("TASKS", str(work / "tasks")))
 
@@ -355,10 +363,10 @@ def test_a_flipped_byte_is_found_in_the_bundle(carried: Carried, tmp_path: Path)
     assert not list(tmp_path.glob("hub/models--*"))
 
 
-def told(carried: Carried, *words: str) -> tuple[int, list[str]]:
+def told(carried: Carried, *words: str, home: Path | None = None) -> tuple[int, list[str]]:
     """What is said without torch, in a process of its own: exit code and lines."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    own = {"HF_HOME": str(carried.home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": carried.url}
+    own = {"HF_HOME": str(home or carried.home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": carried.url}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *words],
         cwd=carried.work,
@@ -393,17 +401,83 @@ def test_all_that_is_missing_is_said_before_torch(carried: Carried) -> None:
     assert not (carried.work / "lonely").exists()
 
 
-def test_a_sweep_says_it_of_each_point(carried: Carried) -> None:
-    """With the words that cache what that one needs, own configs included."""
-    words = ["--config-dir", "own", "experiment=tuned", f"model.revision={carried.later[WRITER]}"]
-    code, lines = told(carried, "-m", *words, "task.dataset=org/rows,org/none", "output_root=bare")
+def test_a_sweep_says_it_of_all_points_at_once(carried: Carried) -> None:
+    """Each thing once, with the one command that fetches it all, own configs included."""
+    later = carried.later[WRITER]
+    words = ["-m", "--config-dir", "own", "experiment=tuned", f"model.revision={later}"]
+    words += ["task.dataset=org/rows,org/none", "seed=1,2", "output_root=bare"]
+    hub = carried.home / "hub"
+    assert told(carried, *words) == (
+        2,
+        [
+            f"forgelm: model {WRITER}@{later}: not in the cache {hub}",
+            f"forgelm: data set org/none: not in the cache {hub}",
+            "forgelm: HF_HUB_OFFLINE is set here; where there is a network: "
+            f"forgelm cache {shlex.join(words)}",
+        ],
+    )
+    assert not (carried.work / "bare").exists()
+
+
+def test_what_a_begun_run_lacks_is_asked_for_at_its_commits(
+    trained: Carried, tmp_path: Path
+) -> None:
+    """That of its adapter's base too, which no override says; from the configs it was made of."""
+    run, at = trained.run("adapted"), trained.commits
+    shutil.copytree(trained.home / "hub", tmp_path / "hub", symlinks=True)
+    for name in ("models--org--base", "datasets--org--rows"):
+        shutil.rmtree(tmp_path / "hub" / name)
+    fetch = ["--config-dir", str(trained.work / "own"), *SMALL, "experiment=adapted"]
+    code, lines = told(trained, "resume", str(run), "max_steps=3", home=tmp_path)
     assert code == 2
-    model = f"forgelm: model {WRITER}@{carried.later[WRITER]}: not in the cache "
-    assert [line.startswith(model) for line in lines] == [True, False, True, False, False]
-    assert lines[3].startswith("forgelm: data set org/none: not in the cache ")
-    for line, dataset in ((lines[1], "org/rows"), (lines[4], "org/none")):
-        asked = [*words, f"task.dataset={dataset}", "output_root=bare"]
-        command = line.partition("forgelm cache ")[2]
-        assert sorted(shlex.split(command)) == sorted(asked)
-    # Hydra's own folder for sweeps, which is empty.
-    assert [path.name for path in (carried.work / "bare").iterdir()] == [".forgelm"]
+    assert lines[:-1] == [
+        f"forgelm: model's base {BASE}@{at[BASE]}: not in the cache {tmp_path}/hub",
+        f"forgelm: data set org/rows at {at['org/rows'][:12]}: not prepared in {tmp_path}/datasets",
+    ]
+    first, second = lines[-1].partition("network: ")[2].split(" && ")
+    pins = [f"model.revision={at[ADAPTER]}", f"task.revision={at['org/rows']}"]
+    assert sorted(shlex.split(first)) == sorted(["forgelm", "cache", *fetch, *pins])
+    assert second == f"forgelm cache-models --model {BASE}@{at[BASE]}"
+
+
+def test_sealed_runs_and_untrained_teachers_are_cached_for(
+    trained: Carried, tmp_path: Path
+) -> None:
+    """A run at the commits that it was begun with, its teacher's run with all that it needs."""
+    taught = ["--config-dir", str(trained.work / "taught"), "experiment=taught"]
+    taught += ["output_root=taught", *SMALL]
+    code, lines = told(trained, *taught, home=tmp_path)
+    assert code == 2
+    assert [line.partition(": not ")[0] for line in lines[:-1]] == [
+        "forgelm: model org/student",
+        "forgelm: data set org/rows",
+        f"forgelm: model {WRITER}",
+        "forgelm: lm-eval task sums: data set org/sums",
+    ]
+    assert lines[-1].endswith(f"forgelm cache {shlex.join(taught)}")
+    (teacher,) = (trained.work / "taught").glob("*/writer/*/*/config.yaml")
+    words = published("HuggingFaceTB/SmolLM2-135M")
+    with HubServer() as server:
+        for repo in (WRITER, BASE, "org/student"):
+            server.add_repo("model", repo, words)
+        begun = {BASE: trained.commits[BASE]}
+        server.add_repo("model", BASE, {**words, "more": b""}, message="later")
+        (kept,) = (trained.home / "hub" / "models--org--adapter" / "snapshots").iterdir()
+        same = {path.name: path.read_bytes() for path in kept.iterdir()}
+        assert server.add_repo("model", ADAPTER, same) == trained.commits[ADAPTER]
+        server.add_repo("dataset", "org/rows", pairs(8))
+        server.add_repo("dataset", "org/sums", {"test.parquet": table([{"text": "1+1=2"}])})
+        online = Child(trained.work, tmp_path, server.url)
+        again = online("cache", f"resume={trained.run('adapted')}", "--output-format", "json")
+        own = [*taught, "teacher=run", f"teacher.run={teacher.parent}"]
+        student = online("cache", *own, "--output-format", "json")
+        online.close()
+    (base,) = (row for row in json.loads(again.out)["needs"] if row["role"] == "model's base")
+    assert base["commit"] == begun[BASE], again.err
+    rows = [(row["role"], row["name"]) for row in json.loads(student.out)["needs"]]
+    assert rows == [
+        ("model", "org/student"),
+        ("model", WRITER),
+        ("data set", "org/rows"),
+        ("lm-eval task", "sums"),
+    ]
