@@ -46,14 +46,17 @@ class Caches:
         hub, modules, evaluate, nltk = inside
         return cls(hub, datasets, modules, evaluate, nltk)
 
-    def variables(self) -> dict[str, str]:
-        """What makes the libraries use these folders, if it is set before they are imported."""
+    def places(self) -> dict[str, str]:
+        """The variables of Hugging Face's libraries that name these folders."""
         named = {
             "HF_DATASETS_CACHE": self.datasets,
             "HF_HUB_CACHE": self.hub,
             "HF_MODULES_CACHE": self.modules,
             "HF_EVALUATE_CACHE": self.evaluate,
         }
-        if self.nltk is not None and self.nltk.is_dir():
-            named["NLTK_DATA"] = self.nltk
         return {name: str(path) for name, path in named.items()}
+
+    def variables(self) -> dict[str, str]:
+        """What makes the libraries use these folders, if it is set before they are imported."""
+        nltk = self.nltk is not None and self.nltk.is_dir()
+        return self.places() | ({"NLTK_DATA": str(self.nltk)} if nltk else {})

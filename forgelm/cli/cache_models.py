@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap import models
     from forgelm.airgap.audit import AuditLog
-    from forgelm.cli.places import chosen_cache, refuse_offline
+    from forgelm.cli.places import chosen_cache, refuse_offline, warn_of
     from forgelm.cli.progress import Bytes
     from forgelm.errors import ConfigError
     from forgelm.hubcache import hub_cache
@@ -52,7 +52,8 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
         raise ConfigError("cache-models needs --model HUB_ID, --safety HUB_ID, or both")
     asked = models.asked_for(arguments.model, arguments.safety)
     refuse_offline("cache-models")
-    hub = chosen_cache(arguments.output, hub_cache(), "HF_HUB_CACHE")
+    hub = chosen_cache(arguments.output, hub_cache())
+    warn_of(hub, {"HF_HUB_CACHE": str(hub)}, {"HF_HUB_CACHE": str(hub_cache())})
     audit = AuditLog.open(Path(arguments.audit_dir) if arguments.audit_dir else hub)
     request = {
         "models": [one.name for one in asked],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,15 +47,16 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap import tasks
     from forgelm.airgap.audit import AuditLog
     from forgelm.airgap.caches import Caches
-    from forgelm.cli.places import chosen_cache, refuse_offline
+    from forgelm.cli.places import as_typed, chosen_cache, refuse_offline, warn_of
     from forgelm.cli.progress import Bytes
     from forgelm.hubcache import datasets_cache
     from forgelm.log import log
 
     listen(arguments)
     refuse_offline("cache-tasks")
-    output = chosen_cache(arguments.output, datasets_cache(), "HF_DATASETS_CACHE")
-    caches = Caches.usual() if arguments.output is None else Caches.below(output)
+    output, usual = chosen_cache(arguments.output, datasets_cache()), Caches.usual()
+    caches = usual if arguments.output is None else Caches.below(output)
+    warn_of(output, caches.places(), usual.places())
     audit = AuditLog.open(Path(arguments.audit_dir) if arguments.audit_dir else output)
     request = {"tasks": names, "cache_dir": str(output)}
     audit.write("cache.populate_tasks_requested", **request)
@@ -75,8 +76,11 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     )
     result = {"tasks": [_shown(row) for row in rows], "cache_dir": str(output)}
     if arguments.output is not None:
-        named = " ".join(f"{name}={shlex.quote(path)}" for name, path in caches.variables().items())
-        log.info(f"where they are used, with the folder's new place for {output}: export {named}")
+        named = caches.variables()
+        # One that the warning before couldn't name yet.
+        level = logging.WARNING if set(named) - set(caches.places()) else logging.INFO
+        said = f"where they are used, with the folder's new place for {output}: export "
+        log.log(level, said + as_typed(named))
     if problems:
         failed(problems[0])
         return Failed(result, problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from forgelm.errors import ConfigError
@@ -11,18 +12,29 @@ from forgelm.hubcache import OFFLINE, is_on
 from forgelm.log import log
 
 
-def chosen_cache(output: str | None, usual: Path, variable: str) -> Path:
-    """The cache asked for by --output, else the environment's; says so where the two differ."""
-    if output is None:
-        return usual
-    chosen = Path(output).expanduser().absolute()
-    if chosen.resolve() != usual.resolve():
-        log.warning(
-            f"--output {chosen} isn't the cache that training and forgelm doctor --offline read, "
-            f"{usual}: export {variable}={shlex.quote(str(chosen))} where they run, or leave "
-            "--output out"
-        )
-    return chosen
+def chosen_cache(output: str | None, usual: Path) -> Path:
+    """The cache asked for by --output, else the environment's."""
+    return usual if output is None else Path(output).expanduser().absolute()
+
+
+def warn_of(output: Path, named: Mapping[str, str], usual: Mapping[str, str]) -> None:
+    """Say so where the caches that --output stands for aren't those that the environment names.
+
+    Both by their variables; all of them are to be set then.
+    """
+    for name, path in named.items():
+        if Path(path).resolve() != Path(usual[name]).resolve():
+            log.warning(
+                f"--output {output} isn't the cache that training and forgelm doctor --offline "
+                f"read, {usual[name]}: export {as_typed(named)} where they run, or leave --output "
+                "out"
+            )
+            return
+
+
+def as_typed(variables: Mapping[str, str]) -> str:
+    """Variables as a shell sets them."""
+    return " ".join(f"{name}={shlex.quote(path)}" for name, path in variables.items())
 
 
 def carried(
