@@ -280,6 +280,7 @@ def _folders(config: RunConfig) -> Iterator[str]:
         "model.base": config.model.base,
         "teacher.path": config.teacher.path,
         "task.dataset": config.task.dataset,
+        "task.teacher": config.task.teacher,
     }
     for key, path in paths.items():
         if path in (None, "", MISSING):
@@ -292,8 +293,22 @@ def _folders(config: RunConfig) -> Iterator[str]:
                     f"{key}={path}: the folder has no {' or '.join(names)}; give a saved model's "
                     "folder"
                 )
+        elif "@" in str(path) and not str(path).startswith((".", "/", "~")):
+            yield _with_revision(key, str(path))
         elif str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
             yield f"{key}={path}: no such folder (looked in {Path.cwd()}), and not a hub id"
+
+
+def _with_revision(key: str, path: str) -> str:
+    """`organisation/name@revision`, as the commands that fill caches take it."""
+    name, _, revision = path.partition("@")
+    if key == "model.base":
+        return f"{key}={path}: a base is taken at main: give {key}={name}, or its folder"
+    own = f"{key}_revision" if key == "task.teacher" else f"{key.partition('.')[0]}.revision"
+    return (
+        f"{key}={path}: a revision has a key of its own: give {key}={name} "
+        f"{own}={revision or 'REVISION'}"
+    )
 
 
 def _adapters(config: RunConfig) -> Iterator[str]:

@@ -208,6 +208,23 @@ REQUESTS: list[tuple[str, ...]] = [
     ("wandb.tags=a", "wandb.tags=a: must be a list, as in wandb.tags=[a,b]"),
     ("model.name=???", "model.name is missing: give it, as in model.name=VALUE"),
     ("model=custom", "model.path is missing: give it, as in model.path=VALUE"),
+    (
+        "model=custom model.path=org/x@v1",
+        "model.path=org/x@v1: a revision has a key of its own: give model.path=org/x "
+        "model.revision=v1",
+    ),
+    (
+        "mode=kd teacher=path teacher.path=org/x@refs/pr/1",
+        "teacher.path=org/x@refs/pr/1: … give teacher.path=org/x teacher.revision=refs/pr/1",
+    ),
+    (
+        "task=causal_lm task.dataset=org/x@",
+        "task.dataset=org/x@: … give task.dataset=org/x task.revision=REVISION",
+    ),
+    (
+        "model=custom model.path=org/x model.base=org/y@v1",
+        "model.base=org/y@v1: a base is taken at main: give model.base=org/y, or its folder",
+    ),
     ("seed=${nothing}", "seed: …nothing…not found"),
     # Sections are no values
     (
