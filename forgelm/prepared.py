@@ -9,6 +9,9 @@ says. A folder of what came from the hub is named by its commit, so it can be to
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 _SEAL = ".forgelm.json"
 _INFO = "dataset_info.json"
+_FEW = 20
+_NAMED = re.compile(r"(?:Available|available configs): (\[.*\])")
 
 
 def prepared(
@@ -30,6 +35,38 @@ def prepared(
 
     Without `config` it is that of the only configuration, or of the one called `default`.
     """
+    found = _configurations(dataset, commit, cache)
+    if config is not None:
+        return found.get(config)
+    return next(iter(found.values())) if len(found) == 1 else found.get("default")
+
+
+def no_configuration(
+    dataset: str, config: str | None, there: Sequence[str], key: str = "task.dataset_config"
+) -> str:
+    """That a data set has no such configuration, but others; or has several, and none is named."""
+    few = ", ".join(there[:_FEW]) + (f" and {len(there) - _FEW} more" if there[_FEW:] else "")
+    if config is None:
+        return f"{key} isn't set: data set {dataset} has several configurations; give one of {few}"
+    near = difflib.get_close_matches(config, there, n=1)
+    hint = f"; did you mean {key}={near[0]}?" if near else ""
+    return f"{key}={config}: data set {dataset} has no such configuration, but {few}{hint}"
+
+
+def configurations_in(error: Exception) -> list[str]:
+    """The configurations that `datasets` names where it can't do with the one asked for."""
+    named = _NAMED.search(str(error))
+    return re.findall(r"'([^']*)'", named[1]) if named else []
+
+
+def others_prepared(dataset: str, commit: str) -> str:
+    """What is to be said of other configurations that were prepared of a commit, if there are."""
+    there = sorted(_configurations(dataset, commit, None))
+    return f" (of its configurations here: {', '.join(there)})" if there else ""
+
+
+def _configurations(dataset: str, commit: str, cache: Path | None) -> dict[str, Path]:
+    """The folders of a commit's configurations."""
     root = cache or datasets_cache()
     owner, _, name = dataset.rpartition("/")
     found: dict[str, Path] = {}
@@ -40,9 +77,7 @@ def prepared(
         same = theirs == owner and its.replace("_", "").lower() == name.replace("_", "").lower()
         if same and (folder / _INFO).is_file():
             found[configuration] = folder
-    if config is not None:
-        return found.get(config)
-    return next(iter(found.values())) if len(found) == 1 else found.get("default")
+    return found
 
 
 def has_prepared(dataset: str, config: str | None) -> bool:

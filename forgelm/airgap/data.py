@@ -29,12 +29,18 @@ _HASHES = (40, 64)
 
 @dataclass(frozen=True)
 class DataSet:
-    """What `load_dataset` is asked for; `options` are its further arguments as JSON."""
+    """What `load_dataset` is asked for.
+
+    Attributes:
+        options: its further arguments as JSON.
+        key: the key of a run's config that says `name`; None: a task of lm-eval does.
+    """
 
     path: str
     name: str | None = None
     revision: str = "main"
     options: str = "{}"
+    key: str | None = None
 
     @classmethod
     def of(
@@ -43,8 +49,9 @@ class DataSet:
         name: str | None = None,
         revision: str = "main",
         options: Mapping[str, Any] | None = None,
+        key: str | None = None,
     ) -> DataSet:
-        return cls(path, name, revision, json.dumps(options or {}, sort_keys=True))
+        return cls(path, name, revision, json.dumps(options or {}, sort_keys=True), key)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -99,7 +106,7 @@ def bring(
     files: dict[DataSet, Wanted] = {}
     for one, commit in pinned.items():
         try:
-            paths = twice(online, "plan", commit=commit, **one.arguments)
+            paths = twice(online, "plan", commit=commit, key=one.key, **one.arguments)
             patterns = (*CARD, *(glob.escape(path) for path in paths))
             files[one] = Wanted("dataset", one.path, commit, patterns)
         except ForgeError as error:

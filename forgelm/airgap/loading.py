@@ -21,7 +21,7 @@ from typing import Any
 from forgelm.config import lm_index
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
-from forgelm.prepared import is_intact, load_prepared
+from forgelm.prepared import configurations_in, is_intact, load_prepared, no_configuration
 
 _NOT_THE_BUILDERS = (
     *("split", "streaming", "num_proc", "keep_in_memory", "save_infos", "token"),
@@ -34,15 +34,26 @@ _SAID = 300
 Options = dict[str, Any]
 
 
-def plan(path: str, name: str | None, commit: str, options: Options) -> list[str]:
+def plan(path: str, name: str | None, commit: str, options: Options, key: str | None) -> list[str]:
     """The files that a data set's configuration is made of, as paths in its repository.
 
+    `key`: the key of a run's config that says which configuration; None: a task of lm-eval does.
+
     Raises:
-        RunError: the hub fails, or has no such configuration.
+        ConfigError: it has no such configuration, and `key` says it.
+        RunError: the hub fails, or the task's definition is wrong.
     """
     start = f"hf://datasets/{path}@{commit}/"
     with _blamed(f"data set {path}"):
-        builder = _builder(path, name, commit, options)
+        try:
+            builder = _builder(path, name, commit, options)
+        except ValueError as error:
+            there = configurations_in(error)
+            if not there:
+                raise
+            if key is None:
+                raise RunError(no_configuration(path, name, there, "dataset_name")) from error
+            raise ConfigError(no_configuration(path, name, there, key)) from error
         given = builder.config.data_files or {}
         found = [str(file) for files in given.values() for file in files]
         return sorted({file.removeprefix(start) for file in found if file.startswith(start)})

@@ -14,7 +14,7 @@ from forgelm.config.validate import uses_teacher
 from forgelm.hub import is_local
 from forgelm.hubcache import CachedRepo, datasets_cache, hub_cache
 from forgelm.models.adapters import OWN_BASE, SETTINGS
-from forgelm.prepared import has_prepared, prepared
+from forgelm.prepared import has_prepared, others_prepared, prepared
 
 _MODEL = ("config.json", SETTINGS)
 
@@ -195,7 +195,8 @@ def _unprepared(data: Data, pinned: Commits) -> Iterator[str]:
     if commit is None:
         yield f"{thing}: not in the cache {repo.hub}"
     elif prepared(data.path, data.config, commit) is None:
-        yield f"{thing} at {commit[:12]}: not prepared in {datasets_cache()}"
+        others = others_prepared(data.path, commit)
+        yield f"{thing} at {commit[:12]}: not prepared in {datasets_cache()}{others}"
 
 
 def _untried(tasks: Tasks) -> Iterator[str]:

@@ -42,7 +42,10 @@ def provide(wanted: Needs, caches: Caches, progress: Progress) -> Iterator[Provi
         ConfigError: a cache can't be written to, or a task's name is unknown.
     """
     yield from _all_models(wanted.models, caches, progress)
-    asked = [DataSet.of(one.path, one.config, one.revision) for one in wanted.data]
+    asked = [
+        DataSet.of(one.path, one.config, one.revision, key="task.dataset_config")
+        for one in wanted.data
+    ]
     for found in data.cache(asked, caches, progress) if asked else []:
         one = found.wanted
         name = f"{one.path}{f', {one.name}' if one.name else ''}"

@@ -18,7 +18,13 @@ from forgelm.config.validate import EMBEDDED
 from forgelm.errors import ConfigError, ForgeError, RunError
 from forgelm.hub import explained
 from forgelm.hubcache import datasets_cache, offline
-from forgelm.prepared import load_prepared, prepared
+from forgelm.prepared import (
+    configurations_in,
+    load_prepared,
+    no_configuration,
+    others_prepared,
+    prepared,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -61,7 +67,7 @@ def open_stream(
         known = digest(_ends(path), other.read_bytes())
         return stream, {task.validation_splits[0]: read_file(other)}, known
     name = str(task.dataset)
-    with explained(f"data set {name}"):
+    with _loaded(task):
         here = _at_commit(task, revision)
         if here is not None:
             streams = {split: rows.to_iterable_dataset() for split, rows in here.items()}
@@ -133,22 +139,12 @@ def _shortened(value: Any) -> str:
 
 def _from_hub(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset], str]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     name = str(task.dataset)
-    try:
-        with explained(f"data set {name}"):
-            found = _at_commit(task, revision)
-            if found is None:
-                found = load_dataset(name, task.dataset_config, revision=revision)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        gated = "; ask for access on its page, then set HF_TOKEN" if "gated" in str(error) else ""
-        raise RunError(f"data set {name}: {str(error).splitlines()[0]}{gated}") from error
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(
-            f"task.dataset={name}, task.dataset_config={task.dataset_config}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    with _loaded(task):
+        found = _at_commit(task, revision)
+        if found is None:
+            found = load_dataset(name, task.dataset_config, revision=revision)
     splits = {}
     for split in [task.train_split, *task.validation_splits]:
         if split not in found:
@@ -160,6 +156,25 @@ def _from_hub(task: TaskConfig, revision: str | None) -> tuple[dict[str, Dataset
     prints = [str(part._fingerprint).encode() for part in splits.values()]
     known = str(revision).encode() if revision else b"".join(prints)
     return splits, digest(known, str(task.dataset_config).encode())
+
+
+@contextmanager
+def _loaded(task: TaskConfig) -> Iterator[None]:
+    """One line for what `datasets` raises while it loads a task's data set."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    name, config = str(task.dataset), task.dataset_config
+    try:
+        with explained(f"data set {name}"):
+            yield
+    except (DatasetNotFoundError, ConnectionError) as error:
+        gated = "; ask for access on its page, then set HF_TOKEN" if "gated" in str(error) else ""
+        raise RunError(f"data set {name}: {str(error).splitlines()[0]}{gated}") from error
+    except (ValueError, FileNotFoundError) as error:
+        if there := configurations_in(error):
+            raise ConfigError(no_configuration(name, config, there)) from error
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"task.dataset={name}, task.dataset_config={config}: {first}") from error
 
 
 def _at_commit(task: TaskConfig, revision: str | None) -> DatasetDict | None:
@@ -177,7 +192,8 @@ def _at_commit(task: TaskConfig, revision: str | None) -> DatasetDict | None:
         part = f", {task.dataset_config}" if task.dataset_config else ""
         raise RunError(
             f"data set {task.dataset}{part} at {revision[:12]}: not prepared in "
-            f"{datasets_cache()}; fetch it with forgelm cache where there is a network"
+            f"{datasets_cache()}{others_prepared(str(task.dataset), revision)}; fetch it with "
+            "forgelm cache where there is a network"
         )
     return load_prepared(folder)
 

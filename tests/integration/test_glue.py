@@ -486,13 +486,32 @@ def test_any_data_set_can_be_a_task(hub: Hub, dataset: str, labels: list[str]) -
         (["task.validation_splits=[validation]"], "validation: org/own has train, held_out"),
         (["task.train_split=training"], "training: org/own has train, held_out"),
         (["task.text_column=querstion"], "did you mean task.text_column=question?"),
-        (["task.dataset_config=other"], "task.dataset_config=other"),
+        (
+            ["task.dataset_config=other"],
+            "task.dataset_config=other: data set org/own has no such configuration, but default",
+        ),
+        (
+            ["task.dataset=nyu-mll/glue"],
+            "task.dataset_config isn't set: data set nyu-mll/glue has several configurations; "
+            "give one of cola, sst2, ",
+        ),
+        (
+            ["task.dataset=nyu-mll/glue", "task.dataset_config=mnly"],
+            "data set nyu-mll/glue has no such configuration, but cola, sst2, ",
+        ),
     ],
 )
 def test_what_a_data_set_lacks_is_refused(hub: Hub, words: list[str], said: str) -> None:
-    refused = hub.forgelm(*SMALL, "output_root=lacking", *OWN, "task.dataset=org/own", *words)
+    asked = [*SMALL, "output_root=lacking", *OWN]
+    asked += [] if words[0].startswith("task.dataset=") else ["task.dataset=org/own"]
+    refused = hub.forgelm(*asked, *words)
     assert refused.code == 1
     assert_one_line(refused, "", said)
+    if "configuration" in said:
+        # By the command that fills the caches too.
+        refused = hub.forgelm("cache", *asked[1:], *words, "-q")
+        assert refused.code == 1
+        assert_one_line(refused, "", said)
 
 
 def assert_one_line(failed: Result, named: str, said: str) -> None:
