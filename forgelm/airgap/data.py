@@ -86,6 +86,7 @@ def cache(
     Raises:
         ConfigError: a cache can't be written to.
     """
+    check_writable(caches)
     with Child(caches, online=True) as online:
         found = bring(wanted, caches, online, progress)
     with Child(caches, online=False) as offline:

@@ -160,17 +160,22 @@ def fetch(
     Everything is resolved, and gates, sizes and free space are looked at, before the first byte.
     What fails doesn't stop the others. What came of an interrupted try is gone on with.
 
+    Where `hub` can't be written to, what is there whole and verified has landed, and all else is
+    missed.
+
     Raises:
         ConfigError: `hub` can't be a cache, or FORGELM_HUB_PATIENCE isn't a number.
     """
     shown = progress or Progress()
     patience_s()
     line = Line(shown.say, shown.move)
-    _check_folder(hub)
+    writable = _check_folder(hub)
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="fetch") as pool:
         try:
             found = list(pool.map(lambda one: _resolve(one, hub, line), wanted))
             plans = [one for one in found if isinstance(one, _Plan)]
+            if not writable:
+                return [one if isinstance(one, Missed) else _as_it_is(one, hub) for one in found]
             _check_space(plans, hub)
             work = [plan for plan in plans if plan.error is None]
             total = sum(entry.size for plan in work for entry in plan.unsure().values())
@@ -202,15 +207,32 @@ def _outcome(plan: _Plan) -> Landed | Missed:
     return Landed(plan.wanted, plan.commit, path, plan.size, took)
 
 
-def _check_folder(hub: Path) -> None:
+def _check_folder(hub: Path) -> bool:
+    """Whether the cache can be written to; one that isn't there is made."""
     try:
         hub.mkdir(parents=True, exist_ok=True)
-        if not os.access(hub, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "not writable")
+        next(hub.iterdir(), None)
     except OSError as error:
         raise ConfigError(
             f"cache {hub}: {error.strerror}; give a folder that can be written to"
         ) from error
+    return os.access(hub, os.W_OK | os.X_OK)
+
+
+def _as_it_is(plan: _Plan, hub: Path) -> Landed | Missed:
+    """A repository in a cache that can't be written to: there, or refused."""
+    record, revision = plan.repo.record(), plan.wanted.revision
+    wanted, snapshot = record.wanted.get(plan.commit, []), plan.repo.snapshot(plan.commit)
+    whole = wanted is None or set(plan.entries) <= {*wanted}
+    named = record.revisions.get(revision) == plan.commit
+    linked = all((snapshot / path).is_file() for path in plan.entries)
+    if whole and named and linked and not plan.unsure():
+        return _outcome(plan)
+    error = ConfigError(
+        f"{plan.wanted.name}: cache {hub} can't be written to, and doesn't hold all of commit "
+        f"{plan.commit[:12]}, verified; give a folder that can be written to"
+    )
+    return Missed(plan.wanted, error)
 
 
 def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:

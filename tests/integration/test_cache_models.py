@@ -484,6 +484,30 @@ def test_a_disk_that_fills_up_meanwhile(hub: FaultyHub, cache: Any, small_disk: 
     assert cache("org/plain", folder=small_disk / "hub").files("org/plain") == FILES
 
 
+def test_a_cache_that_cant_be_written_to(hub: FaultyHub, cache: Any, small_disk: Path) -> None:
+    """What is whole and verified there is cached; what would have to be written is refused."""
+    os.system(f"mount -o remount,size=20m {small_disk}")
+    folder = small_disk / "hub"
+    assert cache("org/plain", folder=folder).result.code == 0
+    os.system(f"mount -o remount,ro {small_disk}")
+    hub.clear_requests()
+    got = cache("org/plain", folder=folder)
+    assert (got.result.code, got.said["success"]) == (0, True), got.said
+    assert got.rows[0]["size_bytes"] == SIZE
+    both = cache("org/plain", "org/other", folder=folder)
+    assert both.result.code == 1
+    assert (both.rows[0]["name"], both.rows[0]["size_bytes"]) == ("org/plain", SIZE)
+    said = f"model org/other: cache {folder} can't be written to, and doesn't hold all of commit"
+    assert both.rows[1]["error"].startswith(said)
+    assert both.said["error_class"] == "ConfigError"
+    assert not any("/resolve/" in path for _, path in hub.requests)
+    none = cache("org/plain", folder=small_disk / "new")
+    assert none.result.code == 1
+    assert none.said["error"].endswith(
+        "Read-only file system; give a folder that can be written to"
+    )
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
