@@ -69,6 +69,14 @@ class RankFailed(ForgeError):
         super().__init__("")
 
 
+def in_brief(text: str, width: int = 300) -> str:
+    """What somebody else said, on one line, cut between words."""
+    line = " ".join(text.split())
+    if len(line) <= width:
+        return line
+    return f"{line[: width + 1].rpartition(' ')[0] or line[:width]} ..."
+
+
 def worst(codes: Iterable[int]) -> int:
     """The exit code of a sweep or batch: the worst of its parts.
 

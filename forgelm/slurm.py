@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from forgelm import stop
+from forgelm.errors import in_brief
 from forgelm.log import log
 
 HANDOVER = "FORGELM_HANDOVER"
@@ -199,7 +200,9 @@ def silent() -> str | None:
     code, out = _call("scontrol", "ping")
     if code == 0 and re.search(r"\bUP\b", out):
         return None
-    return " ".join(out.split())[:200] or "no scontrol"
+    # Less the rules of stars and the shouting between them.
+    lines = [line.strip(" .") for line in out.splitlines() if re.search("[a-z]", line)]
+    return in_brief("; ".join(lines)) or "no scontrol"
 
 
 def accounts() -> bool:
@@ -276,7 +279,7 @@ def requeue(job: Job) -> str | None:
         code, out = _call("scontrol", "requeue", job.name)
         if code == 0:
             return None
-        problem = " ".join(out.split())[:200] or "no scontrol"
+        problem = in_brief(out) or "no scontrol"
         if code is None or "disabled" in out or "Invalid" in out:
             break
     return problem

@@ -23,6 +23,7 @@ from forgelm.airgap.needs import base_of, cached_commit, needs
 from forgelm.config.compose import Request
 from forgelm.config.request import Point
 from forgelm.config.schema import WandbMode
+from forgelm.errors import in_brief
 from forgelm.hubcache import CachedRepo, cached_repos, datasets_cache, hub_cache, offline
 from forgelm.log import log
 from forgelm.redact import redact
@@ -102,7 +103,7 @@ def _guarded(name: str, part: Callable[[], Iterator[Check]]) -> Iterator[Check]:
         yield from part()
     except Exception as error:
         log.debug("the check %s crashed", name, exc_info=error)
-        said = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        said = redact(in_brief(f"{type(error).__name__}: {error}"))
         yield Check(name, Status.crash, said, "--log-level DEBUG shows where")
 
 
@@ -270,7 +271,7 @@ def _hub() -> Iterator[Check]:
         headers = build_hf_headers()
         answer = get_session().get(f"{url}/api/whoami-v2", headers=headers, timeout=_TIMEOUT_S)
     except (httpx2.HTTPError, OSError) as error:
-        reason = redact(" ".join(str(error).split())[:200]) or type(error).__name__
+        reason = redact(in_brief(str(error))) or type(error).__name__
         remedy = (
             "check the network, proxies and HF_ENDPOINT; for a machine without a network: "
             "forgelm doctor --offline"

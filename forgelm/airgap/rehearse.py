@@ -22,13 +22,12 @@ from forgelm.config.compose import Request, register_schema
 from forgelm.config.request import Point, check_request, teacher_run
 from forgelm.config.schema import KdConfig, RunConfig, TeacherConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
-from forgelm.errors import ConfigError, ForgeError, RunError
+from forgelm.errors import ConfigError, ForgeError, RunError, in_brief
 from forgelm.hubcache import OFFLINE, stay_offline
 from forgelm.log import log, quiet_libraries, set_up
 from forgelm.redact import redact
 
 _KEPT = ("revisions", "data_fingerprint", "lm_eval_fingerprint")
-_TAIL = 300
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def rehearse(request: Request, offline: bool) -> Iterator[Part]:
         text = said.read()
     log.debug(text)
     if code != 0:
-        last = " ".join(text.split())[-_TAIL:]
+        last = in_brief(text.strip().rpartition("\n")[2])
         hint = "; perhaps for want of memory" if code == -9 else ""
         raise RunError(
             f"the process that loads ended with {code}{hint}: {last or 'it said nothing'}"
@@ -217,8 +216,7 @@ class _Rehearsal:
         except ForgeError as error:
             problem, fetchable = "; ".join(str(error).splitlines()), True
         except Exception as error:
-            said = " ".join(str(error).split())[:_TAIL]
-            problem, fetchable = f"{type(error).__name__}: {said}", True
+            problem, fetchable = in_brief(f"{type(error).__name__}: {error}"), True
         self.failed.add(name)
         return Part(name, "", redact(problem), fetchable=fetchable)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from forgelm.config.schema import (
     TeacherDtype,
     TrainingConfig,
 )
-from forgelm.errors import ConfigError, ForgeError, RunError
+from forgelm.errors import ConfigError, ForgeError, RunError, in_brief
 from forgelm.hub import explained
 from forgelm.log import say
 from forgelm.models import adapters, tiny
@@ -91,6 +92,9 @@ def _reader(kind: Kind, path: str | Path, revision: str | None, remote_code: boo
     if kind is Kind.image_to_text and not hasattr(made, "image_processor"):
         made = _with_images(made, path, revision)
     tokenizer = getattr(made, "tokenizer", made)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # What transformers makes where there are no files of one.
+        raise RunError(f"{path}: it has no tokenizer's files: fetch it again, or choose another")
     if kind is not Kind.text_classification and tokenizer.pad_token_id is None:
         # Many models that write were trained without padding; what it is filled with isn't learnt.
         tokenizer.pad_token = tokenizer.eos_token
@@ -448,11 +452,51 @@ def explained_model(thing: str) -> Iterator[None]:
             yield
     except SafetensorError as error:
         raise RunError(f"{thing}: its weights can't be read: {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ForgeError) or getattr(error, "errno", None) is not None:
             raise
         cause = error.__cause__ or error.__context__
-        if isinstance(cause, Exception) and not isinstance(cause, OSError | ValueError):
+        if isinstance(cause, Exception) and not isinstance(cause, OSError | ValueError | KeyError):
             with explained(thing):
                 raise cause from error
-        raise RunError(f"{thing}: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"{thing}: {_in_our_words(error)}") from error
+
+
+_SAYINGS = (
+    (r"config\.json' is not a valid JSON", "its config.json isn't JSON any more: fetch it again"),
+    (r"Can't load the configuration|file named config\.json", "it has no config.json"),
+    (
+        r"(?i)no file named .*(\.safetensors|\.bin)|not appear to have .*(\.safetensors|\.bin)",
+        "it has no weights that can be read (model.safetensors): fetch it again, or choose another",
+    ),
+    (
+        r"Can't load tokenizer|backend tokenizer|build an AutoTokenizer",
+        "it has no tokenizer that can be read: fetch it again, or choose a whole model",
+    ),
+    (
+        r"Can't load (image |video )?processor|Can't load feature ex|Unrecognized processing class",
+        "it has no processor that can be read: fetch it again, or choose a model for images",
+    ),
+    (
+        r"custom code",
+        "it needs code of its own repository: look at that, and set trust_remote_code=true beside "
+        "its path if you trust it",
+    ),
+    (r"for this kind of AutoModel: (\w+)", "no {0} can be made of it: choose a model of that kind"),
+    (
+        r"Unrecognized model in|model type `|^'[\w-]+'$",
+        "its config.json or its tokenizer is of no kind that transformers {version} knows, or is "
+        "damaged: fetch it again, or install a newer transformers",
+    ),
+)
+
+
+def _in_our_words(error: Exception) -> str:
+    """What transformers says of a model that it can't use, in a line; else its own first words."""
+    import transformers
+
+    said = " ".join(str(error).split())
+    for pattern, ours in _SAYINGS:
+        if found := re.search(pattern, said):
+            return ours.format(*found.groups(""), version=transformers.__version__)
+    return in_brief(said or type(error).__name__)

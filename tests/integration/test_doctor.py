@@ -420,6 +420,72 @@ def test_all_that_a_run_lacks_is_said_at_once(home: Home, hub: HubServer, tmp_pa
     assert rows["run: student"]["remedy"] == remedy
 
 
+CONFIG = json.loads(model_repo(3, LABELS)["config.json"])
+BROKEN: dict[str, tuple[dict[str, bytes | None], str]] = {
+    "no tokenizer": (
+        dict.fromkeys(TOKENIZER),
+        "it has no tokenizer's files: fetch it again, or choose another",
+    ),
+    "a damaged tokenizer": ({"tokenizer.json": b"{}"}, "is of no kind that transformers "),
+    "no weights": ({"model.safetensors": None}, "it has no weights that can be read (model.safe"),
+    "a damaged config": ({"config.json": b"{"}, "its config.json isn't JSON any more: fetch it"),
+    "an unknown kind": (
+        {"config.json": json.dumps({**CONFIG, "model_type": "zzz"}).encode()},
+        "is of no kind that transformers ",
+    ),
+    "own code": (
+        {"config.json": json.dumps({"auto_map": {"AutoConfig": "a.A"}}).encode()},
+        "it needs code of its own repository: look at that, and set trust_remote_code=true",
+    ),
+}
+
+
+def broken(folder: Path) -> str:
+    """Runs that begin with models in which something is wrong, as values of a sweep."""
+    for name, (changes, _) in BROKEN.items():
+        place = folder / name.replace(" ", "-")
+        place.mkdir(parents=True)
+        for file, content in {**model_repo(3, LABELS), **changes}.items():
+            if content is not None:
+                (place / file).write_bytes(content)
+    return ",".join(str(folder / name.replace(" ", "-")) for name in BROKEN)
+
+
+def test_what_transformers_cant_use_is_told_in_a_line_of_ours(
+    forgelm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    paths = broken(tmp_path / "models")
+    words = ("-m", "task=nli_mini", "model=custom", f"model.path={paths}")
+    done = forgelm("doctor", "--offline", *words, "--output-format=json")
+    rows = [row for row in json.loads(done.out)["checks"] if row["name"].startswith("run: ")]
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            (name,) = re.findall(r"/models/([a-z-]+)", row["name"])
+            said.setdefault(name.replace("-", " "), []).append(row["detail"])
+    assert list(said) == list(BROKEN)
+    for name, (_, text) in BROKEN.items():
+        assert any(text in line for line in said[name]), said[name]
+        assert not any("\n" in line or "Error" in line for line in said[name]), said[name]
+
+
+def test_a_controller_that_is_down_is_told_in_whole_words(
+    forgelm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("scontrol") is None:
+        pytest.skip("Slurm isn't installed")
+    lines = ("ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "NodeName=localhost")
+    auth = ("AuthType=auth/none", "CredType=cred/none")
+    (tmp_path / "slurm.conf").write_text("\n".join((*lines, *auth, "")))
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    done = forgelm("doctor", "--offline", "--output-format", "json")
+    (row,) = (row for row in json.loads(done.out)["checks"] if row["name"] == "slurm")
+    assert row["status"] == "warn"
+    said = r"the controller doesn't answer: Slurmctld\(primary\) at \S+ is DOWN"
+    assert re.fullmatch(said, row["detail"])
+
+
 REACHING = """
 import urllib.request
 
