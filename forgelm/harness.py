@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import DatasetDict
 from lm_eval import evaluator
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
@@ -23,7 +24,7 @@ from forgelm import stop
 from forgelm.config.lm_tasks import manager
 from forgelm.config.schema import Kind, LmEvalConfig
 from forgelm.errors import ConfigError, ForgeError, RunError
-from forgelm.hub import explained
+from forgelm.hub import explained, is_commit
 from forgelm.log import log
 from forgelm.memory import ran_out
 
@@ -71,6 +72,20 @@ class Harness:
             log.warning(f"lm-eval task {name} is defined without examples: none are shown")
         elif wanted is not None or own is None:
             task.set_config(key="num_fewshot", value=wanted or 0)
+
+    def commits(self) -> dict[str, str]:
+        """The commit of its data set, for each task whose data came from the hub."""
+        found = {}
+        for loaded in self._loaded.values():
+            for name, task in loaded["tasks"].items():
+                # Tasks that are programs may keep their data in any way.
+                splits = task.dataset.values() if isinstance(task.dataset, DatasetDict) else ()
+                files = [file for split in splits for file in split.cache_files]
+                # What `datasets` prepares of a commit lies in a folder of that name.
+                commit = Path(files[0]["filename"]).parent.name if files else ""
+                if is_commit(commit):
+                    found[name] = commit
+        return found
 
     def missing(self, known: Scores) -> list[str]:
         """The tasks asked for that `known` lacks, or a part of them."""

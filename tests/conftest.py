@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ os.environ.update(
     WANDB_SILENT="true",
     OMP_NUM_THREADS="1",
 )
+# A shell ignores Ctrl-C for what it starts in the background, and so would the processes of tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in [name for name in os.environ if name.startswith("SLURM_")]:
     os.environ.pop(_name)
 _SWITCHES = ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -37,7 +37,8 @@ _ROUNDS_ASKED = 5
 _ATTEMPTS = 3
 _REDIRECTS = 5
 _AGAIN = (408, 429, 500, 502, 503, 504)
-_BLOCK, _BLOCKS = 1 << 16, 16
+_BLOCK, _BLOCKS = 1 << 17, 16
+_SEND = 64 << 20
 _QUIET_S = 5.0
 
 
@@ -368,7 +369,7 @@ class _Sink:
         self.line.moved(len(block))
 
     def pour(self, raw: Any) -> None:
-        """Write all that `raw` gives; a thread hashes beside."""
+        """Write all that `raw` gives; a thread hashes beside, another sends it on to the disk."""
         free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         for _ in range(_BLOCKS):
@@ -379,8 +380,8 @@ class _Sink:
                 self.hash.update(block)
                 free.put(block.obj)  # type: ignore[arg-type]
 
-        with ThreadPoolExecutor(1) as beside:
-            hashed = beside.submit(hash_all)
+        with ThreadPoolExecutor(2) as beside:
+            hashed, sent, due = beside.submit(hash_all), None, self.size + _SEND
             try:
                 while count := raw.readinto(buffer := free.get()):
                     block = memoryview(buffer)[:count]
@@ -388,6 +389,15 @@ class _Sink:
                     full.put(block)
                     if self.size > self.entry.size:
                         break
+                    # Else the disk would idle now, and all would wait for it at the end.
+                    if self.size >= due and (sent is None or sent.done()):
+                        if sent is not None:
+                            sent.result()
+                        sent = beside.submit(os.fdatasync, self.file.fileno())
+                        due = self.size + _SEND
+                # The disk tells of an error once; the last flush wouldn't hear of it.
+                if sent is not None:
+                    sent.result()
             finally:
                 full.put(None)
                 hashed.result()

@@ -11,6 +11,7 @@ from forgelm.config.schema import RunConfig
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError
 from forgelm.interrupt import point
+from forgelm.log import log
 from forgelm.run.lifecycle import Run
 
 if TYPE_CHECKING:
@@ -108,4 +109,21 @@ def prepare_harness(run: Run) -> Harness | None:
                 "run began: restore them, or give another run_name"
             )
         run.note(lm_eval_fingerprint=now)
+    _note_commits(run, made)
     return made
+
+
+def _note_commits(run: Run, harness: Harness) -> None:
+    """lm-eval takes the data that are there, of whatever commit: keep which, and say a change."""
+    noted: dict[str, list[str]] = dict(run.metadata.get("lm_eval_commits", {}))
+    for name, commit in harness.commits().items():
+        before = noted.get(name, [])
+        if commit in before[-1:]:
+            continue
+        if before:
+            log.warning(
+                f"lm-eval task {name}: its data are at commit {commit} now, and were at "
+                f"{before[-1]}; what was measured before is kept"
+            )
+        noted[name] = [*before, commit]
+    run.note(lm_eval_commits=noted)

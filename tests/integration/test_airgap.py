@@ -24,7 +24,7 @@ from glue_fixture import glue_repo
 from hub_server import HubServer
 from published_fixture import published, published_teacher
 
-from forgelm.run.files import read_json
+from forgelm.run.files import read_json, write_json
 
 STUDENT, TEACHER = "distilbert/distilbert-base-uncased", "FacebookAI/roberta-large-mnli"
 WRITER, ADAPTER, BASE = "org/writer", "org/adapter", "org/base"
@@ -190,7 +190,7 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Carried]:
             "org/rows": server.add_repo("dataset", "org/rows", pairs(8)),
         }
         texts = [{"text": f"{n}+{n}={n + n}"} for n in range(4)]
-        server.add_repo("dataset", "org/sums", {"test.parquet": table(texts)})
+        commits["org/sums"] = server.add_repo("dataset", "org/sums", {"test.parquet": table(texts)})
         server.add_repo("model", "org/lonely", adapter("org/far"))
         online = Child(work, there, server.url)
         cached = online("cache", *swept(work), "--output-format", "json", "-q")
@@ -275,12 +275,29 @@ def test_runs_train_from_the_commits_that_were_cached(trained: Carried) -> None:
         "adapted": {"model": at[ADAPTER], "base": at[BASE], "dataset": at["org/rows"]},
     }
     assert set(at.values()).isdisjoint(later.values())
+    noted = read_json(trained.run("tuned") / "run_metadata.json")["lm_eval_commits"]
+    assert noted == {"sums": [trained.commits["org/sums"]]}
     found = read_json(trained.run("tuned") / "eval.json")
     measured = [found[when]["student"]["lm_eval"]["sums"] for when in ("before", "after")]
     assert measured[1]["byte_perplexity"] < measured[0]["byte_perplexity"]
     assert "teacher" in read_json(trained.run("distilled") / "eval.json")["before"]
     assert (trained.run("adapted") / "adapter_model.safetensors").is_file()
     assert trained.child.asked == []
+
+
+def test_other_data_of_a_benchmark_are_told(trained: Carried, tmp_path: Path) -> None:
+    """lm-eval takes what is there: no commit can be asked of it."""
+    now, before = trained.commits["org/sums"], "0" * 40
+    run = shutil.copytree(trained.run("tuned"), tmp_path / "outputs/causal_lm/writer/sft/copy")
+    metadata = read_json(run / "run_metadata.json")
+    write_json(run / "run_metadata.json", metadata | {"lm_eval_commits": {"sums": [before]}})
+    done = trained.child("resume", str(run), "max_steps=3")
+    assert done.code == 0, done.err
+    assert (
+        f"lm-eval task sums: its data are at commit {now} now, and were at {before}; what was "
+        "measured before is kept"
+    ) in done.out
+    assert read_json(run / "run_metadata.json")["lm_eval_commits"] == {"sums": [before, now]}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
