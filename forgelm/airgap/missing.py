@@ -39,8 +39,8 @@ def check_caches(plan: Plan, flags: Sequence[str]) -> None:
     _refuse([plan, *untrained_teachers(plan.config)], flags, None)
 
 
-def check_sweep(asked: Sequence[Asked], in_sweep: bool, words: Sequence[str]) -> None:
-    """The same for all runs of a request together, of which `words` were typed. Writes nothing.
+def check_sweep(asked: Sequence[Asked], words: Sequence[str]) -> None:
+    """The same for all runs of a sweep together, of which `words` were typed. Writes nothing.
 
     Raises:
         RunError: as `check_caches`, each thing once.
@@ -48,7 +48,7 @@ def check_sweep(asked: Sequence[Asked], in_sweep: bool, words: Sequence[str]) ->
     plans: list[Plan] = []
     for one in asked:
         try:
-            plan = resolve(one.config, one.overrides, in_sweep, one.teacher_run, sealing=False)
+            plan = resolve(one.config, one.overrides, True, one.teacher_run, sealing=False)
         except ConfigError:
             # Said when that run is begun, and no other is kept by it.
             continue

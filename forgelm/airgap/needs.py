@@ -81,7 +81,7 @@ def needs(configs: Iterable[RunConfig], begun: Iterable[Commits] | None = None) 
     models: dict[Model, None] = {}
     data: dict[Data, None] = {}
     tasks: dict[Tasks, None] = {}
-    for asked_for, commits in zip(configs, begun or repeat({})):  # noqa: B905
+    for asked_for, commits in zip(configs, begun or repeat({}), strict=False):
         config = at_commits(asked_for, commits)
         models |= dict.fromkeys(_models(config, commits))
         task, asked = config.task, config.eval.lm_eval

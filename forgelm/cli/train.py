@@ -120,7 +120,7 @@ def _check_caches(points: list[Point], arguments: argparse.Namespace, argv: Sequ
     compose = Composer(_request(arguments)).compose
     asked = [Asked(one.config, one.overrides, teacher_run(one.config, compose)) for one in points]
     words = [word for word in argv if not word.startswith(("hydra/", "hydra."))]
-    check_sweep(asked, arguments.multirun, words)
+    check_sweep(asked, words)
 
 
 def _check_same(launcher: dict[str, Any], other: dict[str, Any] | None) -> None:
