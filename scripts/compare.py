@@ -3,7 +3,9 @@
 
 A small model's accuracy depends on its seed, so each is trained from several, and means compared.
 
-python scripts/compare.py [OVERRIDES]     overrides go to both runs; the teacher is trained once
+python scripts/compare.py [OVERRIDES]     the teacher is trained once
+
+Overrides go to both runs, those of `mode` and `teacher`, which SFT has not, to KD alone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from forgelm.run.files import read_json
 
 MODES = ("sft", "kd")
 SEEDS = (42, 1, 2, 3)
+OF_KD = ("mode.", "teacher=", "teacher.")
 
 
 def results(words: list[str]) -> dict[str, Any]:
@@ -40,7 +43,8 @@ def main(overrides: Sequence[str]) -> int:
     measured: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     for seed in SEEDS:
         for mode in MODES:
-            words = [f"mode={mode}", f"seed={seed}", *overrides]
+            theirs = [word for word in overrides if mode == "kd" or not word.startswith(OF_KD)]
+            words = [f"mode={mode}", f"seed={seed}", *theirs]
             sys.argv = ["forgelm", "train", *words]
             code = forgelm(sys.argv[1:])
             if code != EXIT_OK:
