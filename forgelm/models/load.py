@@ -208,19 +208,30 @@ def _adapted(
 def _pretrained(
     kind: Kind, path: str, revision: str | None, head: dict[str, Any], how: dict[str, Any]
 ) -> tuple[PreTrainedModel, set[str]]:
-    """A model, and the names of its weights that the checkpoint lacks or has in other shapes."""
+    """A model, and the names of its weights that the checkpoint lacks or has in other shapes.
+
+    Raises:
+        ConfigError: these are more than a head.
+    """
     model, loading = _auto(kind).from_pretrained(
         path,
         revision=revision,
-        ignore_mismatched_sizes=bool(head),
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
         **head,
         **how,
     )
     if kind is Kind.image_to_text:
         _settle_marks(model, f"model {path}")
-    mismatched = {name for name, *_ in loading["mismatched_keys"]}
-    return model, {*_missing(loading), *mismatched}
+    fresh = {*_missing(loading), *(name for name, *_ in loading["mismatched_keys"])}
+    # A head, and what pools for it, may be new; the model under it may not.
+    inner = [name for name in fresh if name.startswith(f"{model.base_model_prefix}.")]
+    if lost := {name for name in inner if "pooler" not in name}:
+        raise ConfigError(
+            f"{path}: its checkpoint lacks {_few(lost)}, or has other shapes than its "
+            "config.json says: fetch it again, or choose another"
+        )
+    return model, fresh
 
 
 def load_teacher(
