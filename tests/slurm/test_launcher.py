@@ -35,6 +35,8 @@ SMALL = (
     "training.record_batches=true",
 )
 SEEDS = range(1, 9)
+# Its process gets Slurm's signals too.
+WANDB = "wandb.mode=offline"
 STOPS = {"/": "training:6:SIGSTOP"}
 ROOT = Path(forgelm.__file__).parents[1]
 
@@ -160,13 +162,13 @@ def processes(conf: str) -> Iterator[tuple[str, int, str]]:
 
 def limit(lab: Lab) -> RunPaths:
     """Slurm's signal before the time limit."""
-    lab.submit("limit", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60")
+    lab.submit("limit", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60", WANDB)
     return lab.ended("limit")
 
 
 def requeued(lab: Lab) -> RunPaths:
     """Somebody requeues the job."""
-    lab.submit("requeued")
+    lab.submit("requeued", WANDB)
     lab.cluster.call("scontrol", "requeue", lab.stopped("requeued"))
     return lab.ended("requeued")
 
@@ -179,7 +181,7 @@ def killed(lab: Lab) -> RunPaths:
 
 
 def cancelled(lab: Lab) -> RunPaths:
-    lab.submit("cancelled")
+    lab.submit("cancelled", WANDB)
     lab.cluster.cancel(lab.stopped("cancelled"))
     return lab.ended("cancelled", "cancelled")
 
