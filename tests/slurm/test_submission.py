@@ -648,6 +648,12 @@ def test_what_runs_in_the_background_is_ended_as_a_whole(desk: Desk) -> None:
     process, runs = int(said.out.split("as process ")[1].split()[0]), desk.runs()
     assert started(process)
     assert [status_of(run) for run in runs] == ["submitted"] * 2
+    again = desk.forgelm(*SMALL, "-m", "seed=1,2", "hydra/launcher=local", "max_steps=100000")
+    assert again.code == 0, again.err
+    assert again.out.splitlines() == [
+        f"{run.root} is one of process {process} already, which runs in the background"
+        for run in runs
+    ]
     wait_until(lambda: status_of(runs[0]) == "running")
     os.kill(process, signal.SIGTERM)
     wait_until(lambda: not started(process))
