@@ -143,7 +143,9 @@ def processes(conf: str) -> Iterator[tuple[str, int, str]]:
     """Job, restart and state of each process that trains in the cluster of a slurm.conf."""
     for entry in Path("/proc").iterdir():
         try:
-            if b"python" not in (entry / "cmdline").read_bytes().partition(b"\0")[0]:
+            program = (entry / "cmdline").read_bytes().partition(b"\0")[0]
+            # Not W&B's, which lies among the packages and never stops itself.
+            if b"python" not in program.rpartition(b"/")[2]:
                 continue
             text = (entry / "environ").read_bytes().decode(errors="replace")
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
