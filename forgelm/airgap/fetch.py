@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgelm.airgap.transfer import INCOMPLETE, Line, patience_s, transfer
 from forgelm.errors import ConfigError, ForgeError, RunError
-from forgelm.hub import RECORD, explained, is_commit, lock
+from forgelm.hub import RECORD, explained, is_commit, lock, token_name
 from forgelm.hubcache import CachedRepo, Entry, hash_of, stamp
 from forgelm.run.files import HALF_WRITTEN, write_json, write_text
 
@@ -187,7 +187,8 @@ def fetch(
             for plan in work:
                 plan.open = len(plan.entries)
                 if not plan.entries:
-                    _seal(plan)
+                    with _blamed(plan):
+                        _seal(plan)
             running = [pool.submit(_bring, plan, path, line, shown) for plan, path in _order(work)]
             for future in running:
                 future.result()
@@ -225,7 +226,7 @@ def _as_it_is(plan: _Plan, hub: Path) -> Landed | Missed:
     record, revision = plan.repo.record(), plan.wanted.revision
     wanted, snapshot = record.wanted.get(plan.commit, []), plan.repo.snapshot(plan.commit)
     whole = wanted is None or set(plan.entries) <= {*wanted}
-    named = record.revisions.get(revision) == plan.commit
+    named = plan.commit in (revision, record.revisions.get(revision))
     linked = all((snapshot / path).is_file() for path in plan.entries)
     if whole and named and linked and not plan.unsure():
         return _outcome(plan)
@@ -280,6 +281,11 @@ def _resolve(wanted: Wanted, hub: Path, line: Line) -> _Plan | Missed:
         )
     except ForgeError as error:
         return Missed(wanted, error)
+    except UnicodeEncodeError:
+        return Missed(
+            wanted,
+            ConfigError(f"{wanted.name}: {token_name()} isn't a token: it has other than ASCII"),
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return Missed(
             wanted,

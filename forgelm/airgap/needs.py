@@ -170,7 +170,7 @@ def _lacking(model: Model, pinned: Commits) -> Iterator[Lack]:
         folder = repo.snapshot(commit)
         lacks = repo.missing(commit) or []
         if not lacks and not any((folder / name).is_file() for name in _MODEL):
-            lacks = [" and ".join(_MODEL)]
+            lacks = [" or ".join(_MODEL)]
         if lacks:
             yield Lack(f"{thing} at {commit[:12]}: {repo.hub} lacks {_few(lacks)}", needed)
             return

@@ -88,10 +88,20 @@ def _models(
             yield model, _local(model)
             continue
         outcome = outcomes[wanted[model]]
-        if isinstance(outcome, Landed):
+        error = _unfit(name, outcome.path) if isinstance(outcome, Landed) else outcome.error
+        if isinstance(outcome, Landed) and error is None:
             yield model, Provided("model", model.role, name, outcome.commit, outcome.path)
         else:
-            yield model, Provided("model", model.role, name, error=outcome.error)
+            yield model, Provided("model", model.role, name, error=error)
+
+
+def _unfit(name: str, folder: Path) -> ForgeError | None:
+    """Why no run could load what the hub has under a model's name."""
+    try:
+        models.check_folder(folder)
+    except RunError as error:
+        return RunError(f"model {name}: is cached as the hub has it, and can't be loaded: {error}")
+    return None
 
 
 def _local(model: Model) -> Provided:

@@ -314,6 +314,21 @@ def test_tokens_are_named_and_never_shown(
     assert token not in everything
 
 
+def test_a_token_that_cannot_be_one(hub: FaultyHub, cache: Any, tmp_path: Path) -> None:
+    got = cache("org/plain", run=Child(tmp_path, tmp_path, hub.url, HF_TOKEN="tökén", **QUICK))
+    assert got.result.code == 1
+    assert "HF_TOKEN isn't a token: it has other than ASCII" in got.rows[0]["error"]
+
+
+def test_what_no_run_could_load_is_no_success(hub: FaultyHub, tmp_path: Path) -> None:
+    hub.add_repo("model", "org/readme", {"README.md": b"# soon"})
+    words = ("cache", "model=custom", "model.path=org/readme", "-q")
+    got = Child(tmp_path, tmp_path, hub.url, **QUICK)(*words)
+    assert got.code == 2
+    assert "model org/readme: is cached as the hub has it, and can't be loaded: " in got.err
+    assert "no model, as it has no config.json" in got.err
+
+
 def test_a_new_commit_is_fetched_and_a_stale_one_never_success(
     hub: FaultyHub, cache: Any, tmp_path: Path
 ) -> None:
