@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
 
 _PART_SEED = 0
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _STREAMS = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -175,6 +177,13 @@ def _loaded(task: TaskConfig) -> Iterator[None]:
             raise ConfigError(no_configuration(name, config, there)) from error
         first = str(error).splitlines()[0]
         raise ConfigError(f"task.dataset={name}, task.dataset_config={config}: {first}") from error
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        raise ConfigError(
+            f"data set {name}: {datasets_cache()} can't be written to, and `datasets` locks what "
+            "it reads: copy it to a place of yours, and set HF_DATASETS_CACHE to that"
+        ) from error
 
 
 def _at_commit(task: TaskConfig, revision: str | None) -> DatasetDict | None:

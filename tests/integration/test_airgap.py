@@ -339,6 +339,24 @@ def flip(path: Path, place: int) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def test_prepared_data_that_nobody_may_lock(carried: Carried, tmp_path: Path) -> None:
+    """A cache that somebody else filled, for many."""
+    place = str(carried.home / "datasets")
+    bound = subprocess.run(["mount", "--bind", place, place], capture_output=True)
+    if bound.returncode:
+        pytest.skip("only root may mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+        done = carried.child(*WRITES, f"output_root={tmp_path}/out")
+    finally:
+        subprocess.run(["umount", place], check=True)
+    assert done.code == 1, done.err
+    assert done.err.strip() == (
+        f"forgelm: data set org/rows: {place} can't be written to, and `datasets` locks what it "
+        "reads: copy it to a place of yours, and set HF_DATASETS_CACHE to that"
+    )
+
+
 def test_a_flipped_byte_is_found_in_the_cache(carried: Carried) -> None:
     folder = carried.home / "hub" / "models--org--writer"
     weights = folder / "snapshots" / carried.commits[WRITER] / "model.safetensors"
