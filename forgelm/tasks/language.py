@@ -177,11 +177,15 @@ def _wrong_chat(chat: Any, answers: bool) -> str | None:
             return f"message {number} has no role"
         if not isinstance(turn.get("content"), str):
             return f"message {number} has no content that is text"
+    said = [turn["content"] for turn in chat if turn["role"] == "assistant"]
+    if said and len(chat) == 1:
+        return "has the assistant's turn alone, and nothing that it answers"
     if not answers:
         return None
-    said = [turn["content"] for turn in chat if turn["role"] == "assistant"]
     if not said:
         return "has no assistant turn, so there is nothing to learn"
+    if len(said) == 1 and chat[0]["role"] == "assistant":
+        return "has no assistant turn but the first, which answers nothing to be learnt"
     if not all(text.strip() for text in said):
         return "has an empty assistant turn"
     return None
