@@ -183,6 +183,19 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     assert "distillation compares token by token" in done.err
 
 
+def test_a_teacher_of_another_kind_is_refused(forgelm: Command, tmp_path: Path) -> None:
+    rows = write(tmp_path, PAIRS)
+    done = forgelm(*request(rows, "seq2seq"), "run_name=teacher")
+    assert done.code == 0, done.err
+    run = only_run(tmp_path / "outputs")
+    refused = forgelm(*request(rows), "mode=kd", "teacher=run", f"teacher.run={run}")
+    assert refused.code == 1
+    assert refused.err.strip() == (
+        f"forgelm: teacher.run={run}: is a run of task seq2seq, of task.kind=seq2seq, and task "
+        "causal_lm is of task.kind=causal_lm; choose a teacher of this kind"
+    )
+
+
 @pytest.mark.parametrize("mode", ["sft", "kd"])
 def test_the_loss_is_a_mean_over_the_tokens_of_a_whole_step(
     forgelm: Command, trained: Path, tmp_path: Path, mode: str
@@ -228,7 +241,7 @@ def test_sequence_to_sequence(forgelm: Command, tmp_path: Path, mode: str) -> No
     assert forgelm("predict", str(run), "--data", str(asked)).code == 0
 
 
-LONG = {"prompt": "1" * 70, "completion": "2"}
+LONG = {"prompt": "1" * 3000, "completion": "2"}
 CUT = {"prompt": "1" * 60, "completion": "2" * 9}
 
 
@@ -238,6 +251,7 @@ def test_what_is_cut_or_left_out_is_counted_and_said(forgelm: Command, tmp_path:
     assert "split train: 1 of 66 rows cut at task.max_length=64 (row 66)" in done.out
     left_out = "rows left out, their prompt alone fills task.max_length=64 (row 65)"
     assert f"split train: 1 of 66 {left_out}" in done.out
+    assert "Token indices" not in done.out + done.err
     again = forgelm(*request(tmp_path / "rows.jsonl"), "seed=1")
     assert f"split validation: 1 of 66 {left_out}" in again.out
 

@@ -137,6 +137,7 @@ def assert_refused(done: Result, *said: str) -> None:
     for part in said:
         assert part in line
     assert "Traceback" not in done.out
+    assert "Failed to read" not in done.out
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
