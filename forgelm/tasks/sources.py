@@ -66,6 +66,9 @@ def open_stream(
         path, other = Path(task.train_file), Path(str(task.validation_file))
         kind = _STREAMS[path.suffix.lower()]
         options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        if kind == "csv":
+            with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+                _check_header(path, next(csv.reader(file, delimiter=options.get("sep", ",")), []))
         stream = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
         known = digest(_ends(path), other.read_bytes())
         return stream, {task.validation_splits[0]: read_file(other)}, known

@@ -333,6 +333,12 @@ SCORES = "text,label\nthe cat,1.5\n"
             id="column twice",
         ),
         pytest.param(
+            {"train.csv": GOOD.replace("text,label", "label,label")},
+            ["task.streaming=true", "task.labels=[bad,good]"],
+            ["train.csv: the header names label more than once; rename or remove columns"],
+            id="column of a stream twice",
+        ),
+        pytest.param(
             {"train.jsonl": lines(CAT) + '\n{"text": "a", "label": "bad", "label": "good"}\n'},
             [],
             ["train.jsonl, line 3: the key 'label' stands more than once in an object"],
