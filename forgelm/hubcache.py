@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -92,12 +92,28 @@ class Record:
         wanted: for each such commit the files asked for; None for all of them.
         verified: size and time of change (ns) of each blob whose bytes were seen to be right.
         licence: as the repository's card names it.
+        begun: of commits that aren't all here yet, the files asked for.
     """
 
     revisions: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, list[str] | None] = field(default_factory=dict)
     verified: dict[str, tuple[int, int]] = field(default_factory=dict)
     licence: str | None = None
+    begun: dict[str, list[str]] = field(default_factory=dict)
+
+    def begin(self, commit: str, files: Collection[str]) -> bool:
+        """Note that files of a commit are about to come; False where all of them are known."""
+        known = self.wanted.get(commit, self.begun.get(commit, []))
+        if known is None or set(files) <= set(known):
+            return False
+        self.begun[commit] = sorted({*self.begun.get(commit, ()), *files})
+        return True
+
+    def settle(self, commit: str, files: Collection[str]) -> None:
+        """Note that they are here."""
+        left = sorted(set(self.begun.pop(commit, ())) - set(files))
+        if left:
+            self.begun[commit] = left
 
 
 @dataclass(frozen=True)
@@ -168,6 +184,7 @@ class CachedRepo:
                 found["wanted"],
                 {name: (size, changed) for name, (size, changed) in found["verified"].items()},
                 found["licence"],
+                found.get("begun", {}),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return Record()
@@ -178,9 +195,9 @@ class CachedRepo:
     def wanted(self, commit: str) -> list[str] | None:
         """The files that a commit must have here; None where that isn't known."""
         record = self.record()
-        files = record.wanted.get(commit)
-        if files is not None:
-            return files
+        files, begun = record.wanted.get(commit), record.begun.get(commit, [])
+        if files is not None or (begun and commit not in record.wanted):
+            return sorted({*(files or ()), *begun})
         tree = self.tree(commit)
         return None if tree is None else list(tree)
 

@@ -19,11 +19,13 @@ from functools import cache
 from pathlib import Path
 
 from forgelm import stop
-from forgelm.errors import in_brief
+from forgelm.errors import RunError, in_brief
 from forgelm.log import log
 
 HANDOVER = "FORGELM_HANDOVER"
 """Names the file by which a process asks the batch script around it to requeue the job."""
+BEGAN = "FORGELM_BEGAN"
+"""Names the file that tells the batch script that forgelm itself began."""
 LEAD = "FORGELM_SIGNAL_LEAD_S"
 """How long before the time limit the job's signal comes, where the batch script says so."""
 
@@ -31,6 +33,8 @@ _ASK_TIMEOUT_S = 15.0
 _ATTEMPTS = 3
 _PAUSE_S = 2.0
 _LINGER_S = 3600.0
+_UNSURE_S = 90.0
+_THEIRS = ("SQUEUE_", "SACCT_", "SCONTROL_", "SLURM_TIME_FORMAT")
 # Outside the range from which systems give ports to connections.
 _FIRST_PORT, _PORTS = 15000, 16000
 
@@ -184,6 +188,39 @@ def states(names: Sequence[str]) -> dict[str, str] | None:
     return {words[0]: words[1] for words in lines if len(words) == 2 and words[0] in names}
 
 
+def job_of_script(folder: Path) -> str | None:
+    """The number of the job whose batch script lies in `folder`; None: there is none.
+
+    Raises:
+        RunError: Slurm doesn't answer.
+    """
+    deadline = time.monotonic() + _UNSURE_S
+    while True:
+        code, out = _call("squeue", "--noheader", "--states=all", "--format=%F %o")
+        if code == 0:
+            lines = [line.split(maxsplit=1) for line in out.splitlines()]
+            return next((w[0] for w in lines if w[1:] and w[1].startswith(f"{folder}/")), None)
+        if time.monotonic() > deadline:
+            raise RunError(
+                "Slurm doesn't answer, so it isn't known whether it took this, and it is taken "
+                "back here: cancel what squeue may show of it later, then submit again"
+            )
+        time.sleep(_PAUSE_S)
+
+
+def largest_array() -> int | None:
+    """How many jobs an array may have here; None where Slurm doesn't say."""
+    _, out = _call("scontrol", "show", "config")
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", out)
+    return int(found[1]) if found else None
+
+
+def note_start() -> None:
+    """Tell the batch script around this process that forgelm began."""
+    if path := os.environ.get(BEGAN):
+        Path(path).touch()
+
+
 def last_state(name: str) -> str | None:
     """How a job that left the queue ended, where Slurm remembers it."""
     code, out = _call("scontrol", "-o", "show", "job", name)
@@ -309,6 +346,8 @@ def _call(*words: str) -> tuple[int | None, str]:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A person's own filters and formats aren't meant for us.
+            env={k: v for k, v in os.environ.items() if not k.startswith(_THEIRS)},
         )
     except OSError as error:
         return 1, str(error)

@@ -135,6 +135,7 @@ def _as_started(launch: LaunchConfig, job: slurm.Job) -> LaunchConfig:
 
 
 def _begin(plan: Plan, ranks: Ranks, flags: Sequence[str]) -> None:
+    slurm.note_start()
     if is_complete(plan.paths) and not plan.extends:
         say(f"{plan.paths.root} is complete; its results are in eval.json")
         return
@@ -158,7 +159,8 @@ def _make_sure_of_teacher(student: Plan, paths: RunPaths, alone: bool) -> None:
         try:
             stop.check()
             plan = sealed_plan(paths.root)
-            say(f"the teacher isn't trained yet: training {paths.root} once, for all runs")
+            if not waiting:
+                say(f"the teacher isn't trained yet: training {paths.root} once, for all runs")
             if alone:
                 _run(plan, Ranks())
             else:

@@ -129,6 +129,7 @@ class _Plan:
     open: int = 0
     """Files that are to be settled yet."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    begun_noted: bool = False
     begun: float = 0.0
     ended: float = 0.0
 
@@ -420,6 +421,7 @@ def _bring(plan: _Plan, path: str, line: Line, shown: Progress) -> None:
         if not plan.is_right(entry.blob):
             with explained(f"{plan.wanted.name}, {path}"), lock(plan.repo, entry.blob):
                 _settle(plan, path, line)
+        _begin(plan)
         _link(plan.repo, entry.blob, plan.repo.snapshot(plan.commit) / path)
         with plan.lock:
             plan.open -= 1
@@ -428,6 +430,19 @@ def _bring(plan: _Plan, path: str, line: Line, shown: Progress) -> None:
             _seal(plan)
             plan.ended = time.monotonic()
             shown.landed(plan.wanted)
+
+
+def _begin(plan: _Plan) -> None:
+    """Before a snapshot has its first file, what it will have is noted: else, cut off in between,
+    it would look whole."""
+    with plan.lock:
+        if plan.begun_noted:
+            return
+        with lock(plan.repo, RECORD):
+            record = plan.repo.record()
+            if record.begin(plan.commit, plan.entries):
+                plan.repo.write_record(record)
+        plan.begun_noted = True
 
 
 def _settle(plan: _Plan, path: str, line: Line) -> None:
@@ -511,6 +526,7 @@ def _seal(plan: _Plan) -> None:
             before = record.wanted[plan.commit]
             names = None if None in (before, names) else sorted({*(before or ()), *(names or ())})
         record.wanted[plan.commit] = names
+        record.settle(plan.commit, plan.entries)
         record.revisions[revision] = plan.commit
         record.licence = plan.licence or record.licence
         here = {name for name in record.verified if repo.blob(name).exists()}

@@ -292,6 +292,7 @@ def _land_names(
         {**before.wanted, **{c: _both(before, c, w) for c, w in theirs.wanted.items()}},
         {**before.verified, **{name: stamp(repo.blob(name)) for name in blobs}},
         theirs.licence or listed["licence"] or before.licence,
+        {c: files for c, files in before.begun.items() if c not in theirs.wanted},
     )
     if merged != before:
         repo.write_record(merged)

@@ -6,9 +6,10 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from forgelm import slurm
-from forgelm.cluster.launchers import TO_SLURM
+from forgelm.cluster.launchers import TO_SLURM, TO_THIS_MACHINE
 from forgelm.errors import ConfigError, RunError
 from forgelm.resolve import Plan
 from forgelm.run.files import read_json
@@ -26,8 +27,27 @@ _MAY_BE_CANCELLED = (Status.submitted, Status.running, Status.preempted)
 
 def job_of(paths: RunPaths) -> str | None:
     """The Slurm job that a run was last submitted as."""
+    return _name_of(paths, TO_SLURM)
+
+
+def process_of(paths: RunPaths) -> str | None:
+    """The process on this machine that has yet to end a run which was submitted to it."""
+    name, state = _name_of(paths, TO_THIS_MACHINE), load_state(paths)
+    if name is None or state is None or state.status not in (Status.submitted, Status.running):
+        return None
+    folder = OutputRoot(paths.root.parents[3]).submissions.resolve()
+    try:
+        # Its number may be another's by now.
+        words = Path(f"/proc/{name}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return None
+    return name if any(Path(word).parent == folder for word in words) else None
+
+
+def _name_of(paths: RunPaths, target: str) -> str | None:
+    """What a launcher named a run's job, if it was the run's last."""
     submitted = read_json(paths.metadata).get("submitted") if paths.metadata.is_file() else None
-    if submitted is None or submitted["launcher"]["_target_"] != TO_SLURM:
+    if submitted is None or submitted["launcher"]["_target_"] != target:
         return None
     file = OutputRoot(paths.root.parents[3]).submissions / submitted["folder"] / SUBMISSION
     if submitted["index"] is None or not file.is_file():
@@ -36,8 +56,8 @@ def job_of(paths: RunPaths) -> str | None:
 
 
 def already(plans: Sequence[Plan]) -> tuple[dict[RunPaths, str], dict[RunPaths, str]]:
-    """Runs that needn't be submitted: complete ones, with what to say, and those in the queue, with
-    their jobs.
+    """Runs that needn't be submitted, with what to say: complete ones, and those in the queue or at
+    work in the background; the last two with their jobs.
 
     Raises:
         ConfigError: a run that is to be extended is in the queue.
@@ -62,7 +82,14 @@ def already(plans: Sequence[Plan]) -> tuple[dict[RunPaths, str], dict[RunPaths, 
         paths: f"{paths.root} is Slurm job {name} ({queue[name].lower()}) already"
         for paths, name in queued.items()
     }
-    return complete | said, queued
+    here = {
+        p.paths: f"process {pid}" for p in plans if not p.extends and (pid := process_of(p.paths))
+    }
+    said |= {
+        paths: f"{paths.root} is one of {process} already, which runs in the background"
+        for paths, process in here.items()
+    }
+    return complete | said, queued | here
 
 
 def _settled(names: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from forgelm import slurm
 from forgelm.config.compose import Request
 from forgelm.config.extras import lacking
 from forgelm.config.keys import no_launcher_key
@@ -78,12 +79,12 @@ def check(launcher: dict[str, Any], plans: Sequence[Plan]) -> None:
     if len(roots) > 1:
         problems.append(f"output_root can't differ within one submission ({', '.join(roots)})")
     if launcher["_target_"] == TO_SLURM:
-        problems += _slurm_problems(launcher, roots[0])
+        problems += _slurm_problems(launcher, roots[0], len(plans))
     if problems:
         raise ConfigError(problems)
 
 
-def _slurm_problems(launcher: dict[str, Any], root: str) -> Iterator[str]:
+def _slurm_problems(launcher: dict[str, Any], root: str, runs: int) -> Iterator[str]:
     lead, limit = launcher["signal_delay_s"], 60 * launcher["timeout_min"]
     if limit < lead + _EARLY_S:
         yield (
@@ -104,6 +105,12 @@ def _slurm_problems(launcher: dict[str, Any], root: str) -> Iterator[str]:
                 "cluster, or take hydra/launcher=local, which runs on this one"
             )
             return
+    most = slurm.largest_array() if runs > 1 else None
+    if most is not None and runs > most:
+        yield (
+            f"{runs} runs: an array has at most {most} jobs on this cluster (MaxArraySize); "
+            "submit the sweep in parts"
+        )
 
 
 def launcher_of(paths: RunPaths) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from forgelm.cluster.jobs import GOALS, RUNS
 from forgelm.errors import ConfigError
 from forgelm.resolve import Plan
 
+_UNANSWERED = re.compile(r"(?i)timed out|unable to contact|zero bytes|unexpected message")
 # Of no use to us, or decided elsewhere.
 _NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout", "setup", "signal_delay_s")
 
@@ -48,7 +49,7 @@ def to_slurm(
             signal_delay_s=lead,
             additional_parameters=more,
             setup=_before(folder, code, lead, launcher.get("setup") or ()),
-            teardown=_after(launch.max_restarts),
+            teardown=_after(launch.max_restarts, launch.max_idle_restarts),
             # Ranks that wait for a dead one would wait until the time limit.
             srun_args=["--kill-on-bad-exit=1"],
         )
@@ -56,7 +57,12 @@ def to_slurm(
         with _outside_of_jobs(), redirect_stderr(io.StringIO()):
             jobs = executor.map_array(_in_the_job, range(len(plans)))
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
-        raise ConfigError(f"Slurm refuses this: {_said(str(error))}") from error
+        said = _said(str(error))
+        # Slurm may take a job whose sender it answers too late.
+        job = slurm.job_of_script(folder) if _UNANSWERED.search(said) else None
+        if job is None:
+            raise ConfigError(f"Slurm refuses this: {said}") from error
+        return job, [f"{job}_{i}" for i in range(len(plans))] if len(plans) > 1 else [job]
     names = [str(job.job_id) for job in jobs]
     return names[0].partition("_")[0], names
 
@@ -80,7 +86,8 @@ def _before(folder: Path, code: Path, lead: int, own: Sequence[str]) -> list[str
         f'goal=$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {place}/{GOALS})',
         f'echo "$(date) ${{SLURM_JOB_NODELIST}}" >> {place}/$job.starts',
         "# Where processes can't reach scontrol, but this script can, they ask it by this file.",
-        f'handover={place}/$job.requeue; rm -f "$handover"',
+        f'handover={place}/$job.requeue; began={place}/$job.began; rm -f "$handover" "$began"',
+        f"export {slurm.BEGAN}=$began",
         'if scontrol show job "$SLURM_JOB_ID" > /dev/null 2>&1; then',
         f"  export {slurm.HANDOVER}=$handover",
         "fi",
@@ -89,16 +96,32 @@ def _before(folder: Path, code: Path, lead: int, own: Sequence[str]) -> list[str
     ]
 
 
-def _after(max_restarts: int) -> list[str]:
+def _after(max_restarts: int, max_idle: int) -> list[str]:
     """Lines of the batch script after srun: a process that was killed can't requeue its job."""
     return [
         "code=$?",
+        "# Starts that gain nothing are counted by forgelm, but for those that never came to it.",
+        'if [ -e "$began" ]; then : > "$began.not"; else echo "$code" >> "$began.not"; fi',
         'if [ -e "$handover" ] || { [ "$code" -ge 128 ] && [ "$code" -ne 130 ]; }; then',
-        '  state=$(scontrol -o show job "$job" | sed "s/.*JobState=\\([A-Z_]*\\).*/\\1/")',
         "  restarts=${SLURM_RESTART_COUNT:-0}",
-        f'  if [ "$state" = RUNNING ] && [ "$restarts" -lt {max_restarts} ]; then',
-        '    echo "the batch script requeues job $job: its processes ended with $code"',
-        '    (trap "" TERM CONT; exec scontrol requeue "$job")',
+        '  idle=$(wc -l < "$began.not")',
+        f'  if [ "$idle" -gt {max_idle} ]; then',
+        '    echo "job $job isn\'t requeued: $idle starts in a row ended before forgelm began,"'
+        f' "more than launch.max_idle_restarts={max_idle}"',
+        f'  elif [ "$restarts" -lt {max_restarts} ]; then',
+        "    # A controller that is busy, or restarts, answers later.",
+        "    for try in 1 2 3 4 5 6; do",
+        '      state=$(scontrol -o show job "$job" | sed "s/.*JobState=\\([A-Z_]*\\).*/\\1/")',
+        '      [ -z "$state" ] || break',
+        "      sleep 10",
+        "    done",
+        '    if [ "$state" = RUNNING ]; then',
+        '      echo "the batch script requeues job $job: its processes ended with $code"',
+        "      for try in 1 2 3; do",
+        '        (trap "" TERM CONT; exec scontrol requeue "$job") && break',
+        "        sleep 10",
+        "      done",
+        "    fi",
         "  fi",
         "fi",
         'exit "$code"',

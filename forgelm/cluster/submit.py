@@ -162,6 +162,8 @@ def how_to_follow(made: Submission) -> str:
     lines.append(f"to follow: tail -F {log}")
     if made.job.isdecimal():
         lines.append(f"the queue: squeue -j {made.job}; to cancel: scancel {made.job}")
+    else:
+        lines.append(f"to stop them all: kill {made.names[0]}")
     lines.append(f"what its processes say: {made.folder}")
     return "\n".join(lines)
 

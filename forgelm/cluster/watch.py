@@ -74,8 +74,8 @@ def _stopped_within(seconds: float) -> bool:
 def _queue(made: Submission) -> dict[str, str] | None:
     if made.job.isdecimal():
         return slurm.states(made.names)
-    pid = made.names[0]
-    return {pid: "RUNNING"} if started(int(pid)) else {}
+    here = started(int(made.job.split()[-1]))
+    return dict.fromkeys(made.names, "RUNNING") if here else {}
 
 
 def _line(name: str, paths: RunPaths, state: TrainingState, queue: dict[str, str] | None) -> str:

@@ -47,6 +47,7 @@ EMBEDDED = {
 # What a folder with a model has; one with an adapter alone has the second.
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
+_LONGEST = 200
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -131,6 +132,8 @@ def _names(config: RunConfig) -> Iterator[str]:
                 f"{key}={name!r}: names a folder; use letters, digits, '.', '_', '+' and '-', "
                 "beginning with a letter or digit"
             )
+        elif len(name) > _LONGEST:
+            yield f"{key}: names a folder, and has {len(name)} characters; at most {_LONGEST} do"
     root = Path(config.output_root).expanduser().absolute()
     there = next(path for path in (root, *root.parents) if path.exists())
     if not there.is_dir():

@@ -447,6 +447,7 @@ REQUESTS: list[tuple[str, ...]] = [
     ),
     ("run_name=a/b", f"run_name='a/b': {A_FOLDER_NAME}"),
     ("run_name=..", f"run_name='..': {A_FOLDER_NAME}"),
+    (f"run_name={'n' * 300}", "run_name: names a folder, and has 300 characters; at most 200 do"),
     ("run_name=''", "run_name is empty: give a value, or null where there is none"),
     ("task.name=a/b", f"task.name='a/b': {A_FOLDER_NAME}"),
     ("model.name=-x", f"model.name='-x': {A_FOLDER_NAME}"),

@@ -396,6 +396,18 @@ def test_killed_in_the_middle(hub: FaultyHub, cache: Any, tmp_path: Path) -> Non
     (left,) = blobs.glob("*.incomplete")
     had = left.stat().st_size
     assert 2 << 20 <= had < len(BIG)
+    # The small files are there, and must not be taken for all of it.
+    bundle = [sys.executable, "-m", "forgelm", "bundle", "--cache-dir", str(tmp_path / "hub")]
+    refused = subprocess.run(
+        [*bundle, "--output", str(tmp_path / "half.tar")],
+        env=kept | {"HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode != 0
+    assert "model org/plain, commit " in refused.stderr
+    assert "big.bin missing; forgelm cache-models --model org/plain@" in refused.stderr
+    assert not (tmp_path / "half.tar").exists()
     rest = Fault(LARGE, lambda h, q, a: a, EVER)
     hub.faults = [rest]
     got = cache("org/plain")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import TINY, Command, Result, only_run
 
@@ -316,20 +317,25 @@ def wait_for_training(run: Path, process: subprocess.Popen[str]) -> None:
 LONG = ("max_steps=200", "training.per_device_train_batch_size=4", "training.eval_steps=150")
 
 
-@pytest.mark.parametrize("persistent", ["false", "true"])
-def test_a_signal_to_the_whole_process_group_stops_safely(
-    tiny: Command, whole: Whole, tmp_path: Path, persistent: str
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("training.dataloader_num_workers=2", "training.dataloader_persistent_workers=false"),
+        ("training.dataloader_num_workers=2", "training.dataloader_persistent_workers=true"),
+        ("wandb.mode=offline",),
+    ],
+    ids=["workers", "persistent workers", "W&B"],
+)
+def test_a_signal_to_all_its_processes_stops_safely(
+    tiny: Command, whole: Whole, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    """As Slurm and terminals send them: the workers get it too."""
+    """As Slurm and terminals send them: the workers get it too, and W&B's process."""
     run = tmp_path / "outputs/nli_mini/tiny/sft/mine"
-    workers = (
-        "training.dataloader_num_workers=2",
-        f"training.dataloader_persistent_workers={persistent}",
-    )
-    words = (*LONG, *workers, "run_name=mine")
-    with child(tmp_path, *words) as process:
+    with child(tmp_path, *LONG, *words, "run_name=mine") as process:
         wait_for_training(run, process)
-        os.killpg(process.pid, signal.SIGTERM)
+        for other in psutil.Process(process.pid).children(recursive=True):
+            other.terminate()
+        process.terminate()
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 75, err
     assert "Traceback" not in err

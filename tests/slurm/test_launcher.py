@@ -35,6 +35,8 @@ SMALL = (
     "training.record_batches=true",
 )
 SEEDS = range(1, 9)
+# Its process gets Slurm's signals too.
+WANDB = "wandb.mode=offline"
 STOPS = {"/": "training:6:SIGSTOP"}
 ROOT = Path(forgelm.__file__).parents[1]
 
@@ -141,7 +143,9 @@ def processes(conf: str) -> Iterator[tuple[str, int, str]]:
     """Job, restart and state of each process that trains in the cluster of a slurm.conf."""
     for entry in Path("/proc").iterdir():
         try:
-            if b"python" not in (entry / "cmdline").read_bytes().partition(b"\0")[0]:
+            program = (entry / "cmdline").read_bytes().partition(b"\0")[0]
+            # Not W&B's, which lies among the packages and never stops itself.
+            if b"python" not in program.rpartition(b"/")[2]:
                 continue
             text = (entry / "environ").read_bytes().decode(errors="replace")
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
@@ -160,13 +164,13 @@ def processes(conf: str) -> Iterator[tuple[str, int, str]]:
 
 def limit(lab: Lab) -> RunPaths:
     """Slurm's signal before the time limit."""
-    lab.submit("limit", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60")
+    lab.submit("limit", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60", WANDB)
     return lab.ended("limit")
 
 
 def requeued(lab: Lab) -> RunPaths:
     """Somebody requeues the job."""
-    lab.submit("requeued")
+    lab.submit("requeued", WANDB)
     lab.cluster.call("scontrol", "requeue", lab.stopped("requeued"))
     return lab.ended("requeued")
 
@@ -179,7 +183,7 @@ def killed(lab: Lab) -> RunPaths:
 
 
 def cancelled(lab: Lab) -> RunPaths:
-    lab.submit("cancelled")
+    lab.submit("cancelled", WANDB)
     lab.cluster.cancel(lab.stopped("cancelled"))
     return lab.ended("cancelled", "cancelled")
 

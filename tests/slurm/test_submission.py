@@ -158,12 +158,65 @@ def test_a_run_named_twice_is_submitted_once(desk: Desk) -> None:
     assert desk.queue() == [job]
 
 
-def test_what_is_in_the_queue_is_not_submitted_again(desk: Desk) -> None:
+def test_what_is_in_the_queue_is_not_submitted_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = job_in(desk.submit("-m", "seed=1,2"))
+    # A person's own filter.
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
     again = desk.submit("-m", "seed=1,2,3")
     assert [f"is Slurm job {job}_{i} (pending) already" in again.out for i in (0, 1)] == [True] * 2
     other = job_in(Result(again.code, again.out.partition("submitted")[2], again.err))
     assert desk.queue() == sorted([f"{job}_0", f"{job}_1", other])
+
+
+@pytest.fixture
+def instead(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Put a script before one of Slurm's programs, whose real one it may call as "$real"."""
+    folder = desk.folder / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def put(name: str, lines: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\nreal={shutil.which(name)}\n{lines}\n")
+        (folder / name).chmod(0o755)
+
+    return put
+
+
+LOST = "echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1"
+
+
+@pytest.mark.parametrize("words", [(), ("-m", "seed=1,2")])
+def test_a_job_that_was_taken_without_an_answer(
+    desk: Desk, instead: Callable[[str, str], None], words: tuple[str, ...]
+) -> None:
+    instead("sbatch", f'"$real" "$@" > /dev/null; {LOST}')
+    job = job_in(desk.submit(*words))
+    names = [f"{job}_0", f"{job}_1"] if words else [job]
+    assert desk.queue() == names
+    assert read_json(desk.submissions()[0] / "submission.json")["names"] == names
+
+
+def test_no_answer_and_no_job(desk: Desk, instead: Callable[[str, str], None]) -> None:
+    instead("sbatch", LOST)
+    said = desk.submit()
+    assert said.code == 1
+    assert "Slurm refuses this: Batch job submission failed: Socket timed out" in said.err
+    assert desk.runs() == []
+
+
+def test_more_runs_than_an_array_may_have(desk: Desk, instead: Callable[[str, str], None]) -> None:
+    instead(
+        "scontrol", 'case "$*" in "show config") echo "MaxArraySize = 2";; *) "$real" "$@";; esac'
+    )
+    said = desk.submit("-m", "seed=1,2,3")
+    assert said.code == 1
+    assert said.err.strip() == (
+        "forgelm: 3 runs: an array has at most 2 jobs on this cluster (MaxArraySize); submit the "
+        "sweep in parts"
+    )
+    assert desk.queue() == []
 
 
 def test_a_job_inside_of_a_job_starts_afresh(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,10 +243,11 @@ def test_a_job_inside_of_a_job_starts_afresh(desk: Desk, monkeypatch: pytest.Mon
     assert not left & inner.keys()
 
 
-def test_whatever_task_of_an_array_is_killed_comes_back(desk: Desk) -> None:
+@pytest.mark.parametrize("cap", ["launch.max_restarts=1", "launch.max_idle_restarts=1"])
+def test_whatever_task_of_an_array_is_killed_comes_back(desk: Desk, cap: str) -> None:
     """As when the kernel kills the processes; only so often as the config says."""
     killed = "hydra.launcher.setup=['srun() { return 137; }']"
-    job = job_in(desk.submit("-m", "seed=1,2", killed, "launch.max_restarts=1", held=False))
+    job = job_in(desk.submit("-m", "seed=1,2", killed, cap, held=False))
     for index in range(2):
         desk.cluster.wait_for_state(f"{job}_{index}", "FAILED", 90)
         assert desk.cluster.show(f"{job}_{index}")["Restarts"] == "1"
@@ -594,6 +648,12 @@ def test_what_runs_in_the_background_is_ended_as_a_whole(desk: Desk) -> None:
     process, runs = int(said.out.split("as process ")[1].split()[0]), desk.runs()
     assert started(process)
     assert [status_of(run) for run in runs] == ["submitted"] * 2
+    again = desk.forgelm(*SMALL, "-m", "seed=1,2", "hydra/launcher=local", "max_steps=100000")
+    assert again.code == 0, again.err
+    assert again.out.splitlines() == [
+        f"{run.root} is one of process {process} already, which runs in the background"
+        for run in runs
+    ]
     wait_until(lambda: status_of(runs[0]) == "running")
     os.kill(process, signal.SIGTERM)
     wait_until(lambda: not started(process))
