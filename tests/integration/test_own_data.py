@@ -226,6 +226,7 @@ def lines(*rows: object) -> str:
 
 CAT, DOG = {"text": "the cat", "label": "good"}, {"text": "the dog", "label": "bad"}
 F1 = ["task.metrics=[f1]"]
+STREAM = ["task.streaming=true", "training.train_sampling_strategy=sequential"]
 SCORES = "text,label\nthe cat,1.5\n"
 
 
@@ -334,7 +335,7 @@ SCORES = "text,label\nthe cat,1.5\n"
         ),
         pytest.param(
             {"train.csv": GOOD.replace("text,label", "label,label")},
-            ["task.streaming=true", "task.labels=[bad,good]"],
+            [*STREAM, "task.labels=[bad,good]"],
             ["train.csv: the header names label more than once; rename or remove columns"],
             id="column of a stream twice",
         ),
