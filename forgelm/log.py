@@ -15,6 +15,13 @@ from forgelm.redact import redact
 log = logging.getLogger("forgelm")
 
 _LIBRARIES = ("transformers", "datasets", "huggingface_hub")
+# What forgelm says itself, by row or once; the run's own log keeps these.
+_SAID_BETTER = (
+    "All reward functions returned None",
+    "Failed to read file '",
+    "Failed to read schema from '",
+    "Token indices sequence length is longer",
+)
 _CLEAR_LINE = "\r\x1b[K"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -33,7 +40,12 @@ class _Console(logging.StreamHandler[IO[str]]):
 
     def filter(self, record: logging.LogRecord) -> bool:
         ours = record.name.startswith(log.name)
-        return ours or self.debug or record.levelno >= logging.WARNING
+        if ours or self.debug:
+            return True
+        if record.levelno < logging.WARNING:
+            return False
+        text = record.getMessage()
+        return not any(known in text for known in _SAID_BETTER)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -171,6 +171,13 @@ def _teacher(
                 f"teacher.run={teacher.run}: the run isn't complete; go on with it first: "
                 f"forgelm train resume={paths.root}"
             )
+        theirs = load_sealed(paths.root).task
+        if theirs.kind is not task.kind:
+            raise ConfigError(
+                f"teacher.run={teacher.run}: is a run of task {theirs.name}, of task.kind="
+                f"{theirs.kind}, and task {task.name} is of task.kind={task.kind}; choose a "
+                "teacher of this kind"
+            )
         digest = read_json(paths.metadata)["config_hash"]
         return replace(teacher, run=str(paths.root), run_hash=digest), None
     if teacher.kind is TeacherKind.auto and task.teacher:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgelm.config.extras import lacking
 from forgelm.config.schema import Kind, LoraSection, ModelConfig
-from forgelm.errors import ConfigError
+from forgelm.errors import ConfigError, RunError, in_brief
 from forgelm.hub import explained
 from forgelm.run.checkpoints import file_hash
 from forgelm.run.files import read_json, write_json
@@ -39,6 +39,7 @@ _TASKS = {
 }
 _NAME = "default"
 _WEIGHTS = "adapter_model.safetensors"
+_OLD_WEIGHTS = "adapter_model.bin"
 _MAGNITUDE = "lora_magnitude_vector"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MISMATCH = re.compile("size mismatch for .*")
@@ -85,7 +86,8 @@ def find(path: str, revision: str | None, base: str | None = None) -> Adapter | 
     `base`: where its base is, if not where the adapter says.
 
     Raises:
-        ConfigError: it isn't a LoRA adapter, its base can't be told, or peft isn't installed.
+        ConfigError: it isn't a LoRA adapter, its base can't be told, peft isn't installed, or a
+            folder lacks the weights.
     """
     settings = _json_in(path, revision, SETTINGS)
     if settings is None:
@@ -97,8 +99,14 @@ def find(path: str, revision: str | None, base: str | None = None) -> Adapter | 
         raise ConfigError(
             f"adapter {path}: is of type {settings.get('peft_type')}; forgelm reads LORA ones"
         )
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in (_WEIGHTS, _OLD_WEIGHTS)):
+        raise ConfigError(
+            f"adapter {path}: the folder has {SETTINGS} but has no {_WEIGHTS}; copy the whole "
+            "folder, or name another"
+        )
     record = _json_in(path, revision, RECORD)
-    own = Path(path).expanduser() / OWN_BASE
+    own = folder / OWN_BASE
     named = base or (str(own) if _is_model(own) else settings.get("base_model_name_or_path"))
     if not named:
         raise ConfigError(f"adapter {path}: doesn't say what its base is; name it with model.base")
@@ -138,8 +146,18 @@ def _json_in(path: str, revision: str | None, name: str) -> dict[str, Any] | Non
         file = None if found is None else Path(found)
     if file is None or not file.is_file():
         return None
-    content: dict[str, Any] = read_json(file)
+    try:
+        content: dict[str, Any] = read_json(file)
+    except RunError as error:
+        raise _wrong(path, f"its {name} isn't JSON any more") from error
     return content
+
+
+def _wrong(path: str, told: str) -> ConfigError | RunError:
+    """What is here was asked for wrongly; what comes from the hub failed."""
+    if Path(path).expanduser().is_dir():
+        return ConfigError(f"{path}: {told}; copy the folder again, or name another")
+    return RunError(f"{path}: {told}; fetch it again")
 
 
 def has_reader(path: str, revision: str | None) -> bool:
@@ -320,8 +338,14 @@ def put_on(base: PreTrainedModel, adapter: Adapter, trainable: bool) -> PeftMode
         ConfigError: it doesn't fit, so that the base is another.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from safetensors import SafetensorError
 
-    settings: Any = PeftConfig.from_pretrained(adapter.path, revision=adapter.revision)
+    try:
+        settings: Any = PeftConfig.from_pretrained(adapter.path, revision=adapter.revision)
+    except (TypeError, ValueError, KeyError) as error:
+        raise _wrong(
+            adapter.path, f"its {SETTINGS} can't be used ({in_brief(str(error))})"
+        ) from error
     settings.inference_mode = not trainable
     # Only training needs what peft adds for a kind of task, and not every model can have it.
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(settings.task_type) if trainable else None
@@ -338,6 +362,8 @@ def put_on(base: PreTrainedModel, adapter: Adapter, trainable: bool) -> PeftMode
             torch_device="cpu",
             revision=adapter.revision,
         )
+    except SafetensorError as error:
+        raise _wrong(adapter.path, f"its {_WEIGHTS} can't be read ({error})") from error
     except KeyError as error:
         raise _doesnt_fit(adapter, f"the adapter lacks {error}") from error
     except RuntimeError as error:

@@ -211,16 +211,21 @@ def _pretrained(
     """A model, and the names of its weights that the checkpoint lacks or has in other shapes.
 
     Raises:
-        ConfigError: these are more than a head.
+        ConfigError: these are more than a head, or the model is for another kind of task.
     """
-    model, loading = _auto(kind).from_pretrained(
-        path,
-        revision=revision,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **head,
-        **how,
-    )
+    try:
+        model, loading = _auto(kind).from_pretrained(
+            path,
+            revision=revision,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **head,
+            **how,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise _of_another_kind(kind, path, revision, how["trust_remote_code"]) from error
     if kind is Kind.image_to_text:
         _settle_marks(model, f"model {path}")
     fresh = {*_missing(loading), *(name for name, *_ in loading["mismatched_keys"])}
@@ -232,6 +237,17 @@ def _pretrained(
             "config.json says: fetch it again, or choose another"
         )
     return model, fresh
+
+
+def _of_another_kind(kind: Kind, path: str, revision: str | None, remote_code: bool) -> ConfigError:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=remote_code)
+    suits = [f"task.kind={other}" for other in Kind if type(config) in _auto(other)._model_mapping]
+    return ConfigError(
+        f"{path}: is a model of type {config.model_type}, which task.kind={kind} can't use; "
+        + (f"it is for {' or '.join(suits)}" if suits else "no kind of task can; choose another")
+    )
 
 
 def load_teacher(

@@ -214,7 +214,15 @@ class GrpoTrainer(Exact, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep values for the step's one line: with the loss, trl's means since the last one."""
         if "loss" in logs:
-            logs = logs | {name: sum(v) / len(v) for name, v in self._means().items() if v}
+            means = self._means()
+            logs = logs | {name: sum(v) / len(v) for name, v in means.items() if v}
+            if means.get("reward") == [] and not self._warned:
+                self._warned = True
+                log.warning(
+                    "no reward applied to any completion since the last logged step, so nothing "
+                    f"was learnt: {', '.join(self.reward_func_names)} gave None for all of them; "
+                    "check the rewards and the training rows"
+                )
             if logs.get("frac_reward_zero_std") == 1 and not self._warned:
                 self._warned = True
                 log.warning(

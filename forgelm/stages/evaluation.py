@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from forgelm import stop
 from forgelm.config.lm_tasks import LM_EVAL
 from forgelm.config.schema import RunConfig
-from forgelm.errors import Stopped
+from forgelm.errors import RunError, Stopped
 from forgelm.interrupt import point
 from forgelm.log import say
 from forgelm.memory import Doing, explained
@@ -132,6 +132,15 @@ def measured(
             device,
             world=run.world,
             name=_POINTS.get(run.state.stage, "evaluation"),
+        )
+
+
+def refuse_nan(scores: dict[str, float | None], split: str, step: int) -> None:
+    """End the run where a trained model's loss on a split isn't a number."""
+    if "loss" in scores and scores["loss"] is None:
+        raise RunError(
+            f"the loss on {split} is not a number at step {step}: lower training.learning_rate, or "
+            "check the data; the last checkpoint stands"
         )
 
 

@@ -19,6 +19,7 @@ from forgelm.stages.evaluation import (
     keep_evaluations,
     known_evaluations,
     measured,
+    refuse_nan,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def finalize(
     for split, rows in task.eval.items():
         if split not in after:
             scores = measured(run, model, rows, task.scorer, trainer.args.device)
+            refuse_nan(scores, split, trainer.state.global_step)
             after = {**after, split: scores}
             keep_evaluations(run, after={"student": after})
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from forgelm import stop
 from forgelm.config import lm_tasks
-from forgelm.config.schema import RunConfig
+from forgelm.config.schema import RlConfig, RunConfig
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError
 from forgelm.interrupt import point
@@ -86,7 +86,23 @@ def _prepared(run: Run, config: RunConfig, revisions: dict[str, str | None]) -> 
         theirs = load_teacher_reader(config.teacher, kind, model, base)
     half = config.training.fp16 or use_bf16(config.training)
     made: TaskData = of_kind(kind).prepare(config, rows, reader, theirs, 8 if half else None)
+    check_batch(config, made)
     return made
+
+
+def check_batch(config: RunConfig, task: TaskData) -> None:
+    """Refuse rows that fill no batch where only full ones count; mode rl counts its own way."""
+    training, ranks = config.training, config.launch.ranks
+    if not training.dataloader_drop_last or isinstance(config.mode, RlConfig):
+        return
+    size = training.per_device_train_batch_size
+    if hasattr(task.train, "__len__") and len(task.train) < size * ranks:
+        times = f" times {ranks} ranks" if ranks > 1 else ""
+        raise ConfigError(
+            f"training.dataloader_drop_last=true: {len(task.train):,} training rows don't fill one "
+            f"batch of training.per_device_train_batch_size={size}{times}, so nothing would be "
+            "learnt; leave it out, or lower the batch size"
+        )
 
 
 def prepare_harness(run: Run) -> Harness | None:

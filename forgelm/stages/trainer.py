@@ -10,7 +10,7 @@ from forgelm.config.rewards import round_of
 from forgelm.config.schema import RlConfig, RunConfig
 from forgelm.deadline import Deadline
 from forgelm.run.lifecycle import Run
-from forgelm.stages.evaluation import measured
+from forgelm.stages.evaluation import measured, refuse_nan
 from forgelm.stages.models import Models
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def build_trainer(run: Run, task: TaskData, models: Models, limit: Deadline | No
     arguments = training_arguments(config, run.paths.root, best)
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
-        scores = {
-            split: measured(run, model, rows, task.scorer, arguments.device)
-            for split, rows in task.eval.items()
-        }
+        scores = {}
+        for split, rows in task.eval.items():
+            scores[split] = measured(run, model, rows, task.scorer, arguments.device)
+            refuse_nan(scores[split], split, made.state.global_step)
         return {
             f"eval_{split}_{name}": math.nan if value is None else value
             for split, values in scores.items()

@@ -62,6 +62,11 @@ def train(
     trainer.go_on(checkpoint)
     if trainer.stopped is not None:
         raise Stopped(trainer.stopped)
+    if not trainer.finished and trainer.state.global_step < target:
+        raise RunError(
+            f"training ended at step {trainer.state.global_step} of {target}: there were no more "
+            "batches; check the training rows and training.per_device_train_batch_size"
+        )
     run.update(stage=Stage.finalize, step=trainer.state.global_step)
 
 

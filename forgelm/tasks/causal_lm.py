@@ -19,6 +19,7 @@ from forgelm.tasks.data import Asked, Rows, TaskData
 from forgelm.tasks.encode import CHUNK, cached, check_length, tokenizer_fingerprint
 from forgelm.tasks.language import MESSAGES, PAIR, TEXT
 from forgelm.tasks.packing import pack
+from forgelm.tasks.sources import refuse
 from forgelm.tasks.texts import ASKED, REFERENCES, Texts, task_data
 
 if TYPE_CHECKING:
@@ -77,14 +78,18 @@ def asked(config: RunConfig, data: Path, reader: PreTrainedTokenizerBase) -> Ask
 
     given, rows = language.own_rows(config.task, data)
     made = []
+    problems: list[str] = []
     for number, row in enumerate(rows, 1):
-        ids = asked_ids(row, reader)
+        ids: list[int] = []
+        with chat.noted(problems, f"{data}, row {number}"):
+            ids = asked_ids(row, reader)
         if len(ids) > config.task.max_length:
             raise ConfigError(
                 f"{data}, row {number}: {len(ids)} tokens, and the run's task.max_length is "
                 f"{config.task.max_length}; shorten it"
             )
         made.append({"input_ids": ids, "prompt_length": len(ids), "reference": None})
+    refuse(problems)
     return Asked(given, Dataset.from_list(made))
 
 
@@ -144,7 +149,7 @@ def encode(
     settings = ["causal_lm", task.max_length, tokenizer_fingerprint(tokenizer), template]
 
     def make() -> Dataset:
-        made = _encode(task, rows, tokenizer)
+        made = _encode(task, split, rows, tokenizer)
         if not len(made):
             raise ConfigError(
                 f"split {split}: in none of the {len(rows):,} rows is anything to learn within "
@@ -153,8 +158,27 @@ def encode(
         return made
 
     made = cached(rows, [*settings, tokenizer.eos_token_id], make)
+    if MESSAGES in rows.column_names:
+        _say_turns(split, rows)
     say_counts(split, len(rows), made, task.max_length)
     return made
+
+
+def _say_turns(split: str, rows: Dataset) -> None:
+    """A line each for chats of which a turn isn't learnt for where it stands."""
+    chats = [json.loads(text) for text in rows[MESSAGES][:]]
+    first = [row for row, turns in enumerate(chats, 1) if turns[0]["role"] == "assistant"]
+    last = [row for row, turns in enumerate(chats, 1) if not chat.answered(turns)]
+    if first:
+        say(
+            f"split {split}: {len(first):,} of {len(chats):,} chats begin with the assistant; that "
+            f"turn answers nothing and isn't learnt ({_listed(first)})"
+        )
+    if last:
+        say(
+            f"split {split}: {len(last):,} of {len(chats):,} chats go on after the assistant's "
+            f"last turn; what follows it is left out ({_listed(last)})"
+        )
 
 
 def say_counts(split: str, before: int, made: Dataset, max_length: int) -> None:
@@ -187,16 +211,20 @@ class _Tokens:
     reference: str | None
 
 
-def _encode(task: TaskConfig, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _encode(
+    task: TaskConfig, split: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
     from datasets import Dataset, Features, List, Value
 
     made: dict[str, list[Any]] = {
         name: [] for name in ("input_ids", "labels", "prompt_length", "reference", "row", "cut")
     }
     number, rewritten = 0, 0
+    problems: list[str] = []
     for start in range(0, len(rows), CHUNK):
         stop.check()
-        for tokens, whole in _tokens(rows[start : start + CHUNK], tokenizer):
+        places = [f"split {split}, row {row}" for row in range(start + 1, start + CHUNK + 1)]
+        for tokens, whole in _tokens(rows[start : start + CHUNK], tokenizer, places, problems):
             number += 1
             rewritten += not whole
             ids, learnt = tokens.ids[: task.max_length], tokens.learnt[: task.max_length]
@@ -217,6 +245,7 @@ def _encode(task: TaskConfig, rows: Dataset, tokenizer: PreTrainedTokenizerBase)
             )
             for column, value in zip(made.values(), values, strict=True):
                 column.append(value)
+    refuse(problems)
     if rewritten:
         say(
             f"{rewritten:,} chats: the model's template rewrites earlier answers, so these are not "
@@ -235,11 +264,17 @@ def _encode(task: TaskConfig, rows: Dataset, tokenizer: PreTrainedTokenizerBase)
 
 
 def _tokens(
-    rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
+    rows: dict[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    places: list[str],
+    problems: list[str],
 ) -> Iterator[tuple[_Tokens, bool]]:
-    """Each row's tokens, and whether all of it that could be learnt is."""
+    """Each row's tokens, and whether all of it that could be learnt is.
+
+    None of a chat that the template refuses: that goes to the problems, by its row's place.
+    """
     if MESSAGES in rows:
-        yield from _chats(rows[MESSAGES], tokenizer)
+        yield from _chats(rows[MESSAGES], tokenizer, places, problems)
         return
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if TEXT in rows:
@@ -260,9 +295,16 @@ def _open_ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _chats(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[_Tokens, bool]]:
+def _chats(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, places: list[str], problems: list[str]
+) -> Iterator[tuple[_Tokens, bool]]:
     chats = [json.loads(text) for text in texts]
-    written = [chat.write(turns, tokenizer) for turns in chats]
+    written = []
+    for turns, place in zip(chats, places, strict=False):
+        with chat.noted(problems, place):
+            written.append(chat.write(turns, tokenizer))
+    if problems:
+        return
     encoded = tokenizer(
         [each.text for each in written], add_special_tokens=False, return_offsets_mapping=True
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ class Written:
     """A chat as text. `spans` are the (start, end) of what the assistant says, its end mark
     included; `answer_from` is where its last turn begins, which an evaluation asks for.
 
-    `all_turns`: whether every assistant turn is among the spans.
+    `all_turns`: whether every assistant turn that follows another is among the spans.
     """
 
     text: str
@@ -38,15 +40,16 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def write(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Written:
-    """Write a chat that has an assistant turn.
+    """Write a chat that has an assistant turn after another turn.
 
-    A template may rewrite earlier turns (leave out their reasoning, say); then only the last
-    assistant turn, which stands as it will be generated, is to be learnt.
+    A first turn isn't to be learnt: it answers nothing. A template may rewrite earlier turns (leave
+    out their reasoning, say); then only the last assistant turn, which stands as it will be
+    generated, is to be learnt.
 
     Raises:
         ConfigError: the template refuses the chat.
     """
-    places = [place for place, turn in enumerate(chat) if turn["role"] == "assistant"]
+    places = [place for place, turn in enumerate(chat) if turn["role"] == "assistant" and place]
     last = places[-1]
     whole = render(chat[: last + 1], tokenizer, False)
     spans = []
@@ -77,6 +80,15 @@ def opening(chat: Chat) -> Chat:
 def answered(chat: Chat) -> bool:
     """Whether a chat ends with an answer."""
     return str(chat[-1]["role"]) == "assistant"
+
+
+@contextmanager
+def noted(problems: list[str], where: str) -> Iterator[None]:
+    """Add a refusal, and which row it is about, to the problems that were found before."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += [f"{where}: {problem}" for problem in error.problems]
 
 
 def render(chat: Chat, tokenizer: Any, generate: bool) -> str:

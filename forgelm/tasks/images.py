@@ -13,7 +13,15 @@ from forgelm.errors import ConfigError
 from forgelm.hub import is_local
 from forgelm.tasks.data import Rows
 from forgelm.tasks.encode import cached
-from forgelm.tasks.sources import check_present, digest, load_splits, part, read_file
+from forgelm.tasks.sources import (
+    check_present,
+    digest,
+    load_splits,
+    no_texts,
+    part,
+    read_file,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,6 +95,8 @@ def read(image: dict[str, Any]) -> Image.Image:
         found = Feature().decode_example({**image, "bytes": _bytes(image)})
     except FileNotFoundError:
         raise Unreadable("no such file") from None
+    except IsADirectoryError:
+        raise Unreadable("a folder, and not an image") from None
     except UnidentifiedImageError:
         raise Unreadable("not an image that Pillow can read") from None
     # The readers of Pillow's many formats raise what they like.
@@ -167,8 +177,16 @@ def _from_file(task: TaskConfig, path: Path) -> Dataset:
 
     rows = read_file(path)
     if FILE_NAME not in rows.column_names:
+        if task.image_column not in rows.column_names:
+            raise ConfigError(
+                f"{path}: has neither {FILE_NAME}, the column that names images beside it, nor "
+                f"task.image_column={task.image_column}, which holds images, but "
+                f"{', '.join(rows.column_names)}; rename the column in the file"
+            )
         return _undecoded(rows, str(path), task.image_column)
-    images = [_at(path.parent / str(name)) for name in rows[FILE_NAME][:]]
+    names = rows[FILE_NAME][:]
+    refuse(no_texts(FILE_NAME, str(path), names, may_be_empty=False))
+    images = [_at(path.parent / name) for name in names]
     others = [name for name in rows.column_names if name != IMAGE]
     return rows.select_columns(others).add_column(IMAGE, images, feature=Image(decode=False))
 

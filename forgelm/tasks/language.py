@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 from forgelm.config.schema import TaskConfig
 from forgelm.errors import ConfigError
 from forgelm.tasks.data import Rows
-from forgelm.tasks.sources import check_present, load_splits, part, read_file, texts
+from forgelm.tasks.sources import (
+    check_present,
+    load_splits,
+    no_texts,
+    part,
+    read_file,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from datasets import Dataset
 
-_SHOWN = 5
 PAIR = ("prompt", "completion")
 MESSAGES = "messages"
 TEXT = "text"
@@ -127,25 +133,14 @@ def _checked(task: TaskConfig, layout: Layout, where: str, rows: Dataset, answer
         for name, column in zip(PAIR, layout.pair, strict=True):
             if name == PAIR[1] and not answers:
                 continue
-            made[name] = texts(column, where, rows)
-            problems += [
-                f"{where}, row {number}: {column} is empty"
-                for number, text in enumerate(made[name], 1)
-                if not text.strip()
-            ]
-        if task.as_chat:
+            made[name] = rows[column][:]
+            problems += no_texts(column, where, made[name], may_be_empty=False)
+        if task.as_chat and not problems:
             made = {MESSAGES: [_as_chat(task, *pair) for pair in zip(*made.values(), strict=True)]}
     else:
-        made = {TEXT: texts(str(layout.text), where, rows)}
-        problems += [
-            f"{where}, row {number}: {layout.text} is empty"
-            for number, text in enumerate(made[TEXT], 1)
-            if not text.strip()
-        ]
-    if problems:
-        more = len(problems) - _SHOWN
-        rest = [f"... and {more:,} more rows of this kind"] if more > 0 else []
-        raise ConfigError([*problems[:_SHOWN], *rest])
+        made = {TEXT: rows[layout.text][:]}
+        problems += no_texts(str(layout.text), where, made[TEXT], may_be_empty=False)
+    refuse(problems)
     return Dataset.from_dict(made)
 
 
@@ -182,11 +177,15 @@ def _wrong_chat(chat: Any, answers: bool) -> str | None:
             return f"message {number} has no role"
         if not isinstance(turn.get("content"), str):
             return f"message {number} has no content that is text"
+    said = [turn["content"] for turn in chat if turn["role"] == "assistant"]
+    if said and len(chat) == 1:
+        return "has the assistant's turn alone, and nothing that it answers"
     if not answers:
         return None
-    said = [turn["content"] for turn in chat if turn["role"] == "assistant"]
     if not said:
         return "has no assistant turn, so there is nothing to learn"
+    if len(said) == 1 and chat[0]["role"] == "assistant":
+        return "has no assistant turn but the first, which answers nothing to be learnt"
     if not all(text.strip() for text in said):
         return "has an empty assistant turn"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from forgelm.tasks.data import Rows, TaskData
 from forgelm.tasks.encode import cached, check_length, tokenizer_fingerprint
 from forgelm.tasks.language import MESSAGES, PAIR, TEXT
 from forgelm.tasks.rewards import Checked, build, useless
+from forgelm.tasks.sources import refuse
 from forgelm.tasks.texts import ASKED, REFERENCES, Record, Texts, greedy
 
 if TYPE_CHECKING:
@@ -162,13 +164,14 @@ def _prompts(
         chat.check_template(reader, "the model")
         template = reader.chat_template
     settings = ["prompts", task.max_length, tokenizer_fingerprint(reader), template]
-    made = cached(rows, settings, lambda: _read(task, rows, references, reader))
+    made = cached(rows, settings, lambda: _read(task, split, rows, references, reader))
     causal_lm.say_counts(split, len(rows), made, task.max_length)
     return made
 
 
 def _read(
     task: TaskConfig,
+    split: str,
     rows: Dataset,
     references: list[str] | None,
     reader: PreTrainedTokenizerBase,
@@ -184,15 +187,19 @@ def _read(
         cut=Value("bool"),
     )
     made: dict[str, list[Any]] = {name: [] for name in features}
+    problems: list[str] = []
     for number, row in enumerate(rows, 1):
         stop.check()
-        ids = causal_lm.asked_ids(row, reader)
+        ids: list[int] = []
+        with chat.noted(problems, f"split {split}, row {number}"):
+            ids = causal_lm.asked_ids(row, reader)
         if len(ids) > task.max_length:
             continue
         reference = None if references is None else references[number - 1]
         values = _prompt(row), reference, ids, len(ids), number, False
         for column, value in zip(made.values(), values, strict=True):
             column.append(value)
+    refuse(problems)
     return Dataset.from_dict(made, features=features)
 
 
@@ -225,7 +232,10 @@ class Valued(Record):
 
 @dataclass(frozen=True)
 class Rewarded(Texts):
-    """Measures answers by the rewards too: `reward`, their weighted sum, and `reward_NAME`."""
+    """Measures answers by the rewards too: `reward`, their weighted sum, and `reward_NAME`.
+
+    Answers that no reward applies to don't count; without any that do, `reward` has no value.
+    """
 
     rewards: tuple[Checked, ...]
     weights: tuple[float, ...]
@@ -263,8 +273,9 @@ class Rewarded(Texts):
         sums = [
             sum(w * v for w, v in zip(self.weights, record.rewards, strict=True) if v is not None)
             for record in records
+            if any(value is not None for value in record.rewards)
         ]
-        values[REWARD] = sum(sums) / len(sums)
+        values[REWARD] = sum(sums) / len(sums) if sums else math.nan
         for place, reward in enumerate(self.rewards):
             given = [r.rewards[place] for r in records if r.rewards[place] is not None]
             if given:

@@ -161,8 +161,9 @@ class Checked:
         for value, prompt, text in zip(values, prompts, completions, strict=True):
             if value is not None and not _finite(value):
                 raise RunError(
-                    f"the reward {self.name} returned {value!r} for {_shown(prompt, text)}: it "
-                    "must be a finite number, or None where the reward doesn't apply"
+                    f"the reward {self.name} returned {_said(value)} for "
+                    f"{_shown(prompt, text)}: it must be a finite number, or None where the reward "
+                    "doesn't apply"
                 )
         return [None if value is None else float(value) for value in values]
 
@@ -200,9 +201,18 @@ def _taken(name: str, function: Reward) -> list[str]:
 
 def _finite(value: Any) -> bool:
     try:
-        return math.isfinite(value)
-    except TypeError:
+        return math.isfinite(float(value)) and not isinstance(value, str | bytes)
+    # What stands for a number is converted by its own code, an array's for instance.
+    except Exception:
         return False
+
+
+def _said(value: Any) -> str:
+    try:
+        return _shortened(" ".join(repr(value).split()))
+    # Python writes out no integer of more than some thousand digits.
+    except ValueError:
+        return f"an integer of {value.bit_length():,} bits"
 
 
 def _shown(prompt: Any, completion: str) -> str:
@@ -211,4 +221,8 @@ def _shown(prompt: Any, completion: str) -> str:
 
 
 def _cut(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
+    return repr(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

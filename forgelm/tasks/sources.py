@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _PART_SEED = 0
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SHOWN = 5
+_HALF = "half of a character (a lone surrogate)"
 _STREAMS = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -65,6 +68,9 @@ def open_stream(
         path, other = Path(task.train_file), Path(str(task.validation_file))
         kind = _STREAMS[path.suffix.lower()]
         options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        if kind == "csv":
+            with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+                _check_header(path, next(csv.reader(file, delimiter=options.get("sep", ",")), []))
         stream = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
         known = digest(_ends(path), other.read_bytes())
         return stream, {task.validation_splits[0]: read_file(other)}, known
@@ -224,8 +230,13 @@ def read_file(path: Path) -> Dataset:
             rows = Dataset.from_parquet(str(path), keep_in_memory=True)
         else:
             table = _delimited(path) if suffix in (".csv", ".tsv") else _json_rows(path)
-            rows = Dataset.from_dict(_columns(path, table))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            columns = _columns(path, table)
+            try:
+                rows = Dataset.from_dict(columns)
+            except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError):
+                _refuse_unfit(path, columns)
+                raise
+    except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"{path}: not a readable {suffix} file: {first}") from error
     if not len(rows):
@@ -243,6 +254,7 @@ def _delimited(path: Path) -> list[dict[str, Any]]:
             header = next(reader, None)
             if header is None:
                 raise ConfigError(f"{path}: the file is empty")
+            _check_header(path, header)
             rows = []
             for number, fields in enumerate(filter(None, reader), 1):
                 if len(fields) != len(header):
@@ -256,12 +268,56 @@ def _delimited(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
+    if twice:
+        raise ConfigError(
+            f"{path}: the header names {', '.join(twice)} more than once; rename or remove columns "
+            "until each name stands for one"
+        )
+
+
+@dataclass(frozen=True)
+class _Doubled:
+    """Stands for a JSON object that has a key more than once."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return f"the key {self.key!r} stands more than once in an object; keep one of them"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Doubled:
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    keys = [key for key, _ in pairs]
+    return _Doubled(next(key for key in made if keys.count(key) > 1))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value of JSON and all that is inside it."""
+    yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part)
+
+
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8-sig")
+    doubled: list[_Doubled] = []
+
+    def made(pairs: list[tuple[str, Any]]) -> Any:
+        found = _object(pairs)
+        if isinstance(found, _Doubled):
+            doubled.append(found)
+        return found
+
+    decode = json.JSONDecoder(object_pairs_hook=made).decode
     if path.suffix.lower() == ".json":
         try:
-            rows = json.loads(text or "[]")
-        except json.JSONDecodeError as error:
+            rows = decode(text or "[]")
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not JSON: {error}; one object a line is .jsonl") from error
         if not isinstance(rows, list):
             raise ConfigError(f"{path}: must hold a list of objects; one object a line is .jsonl")
@@ -272,12 +328,16 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                rows.append(decode(line))
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
+            if doubled:
+                raise ConfigError(f"{path}, line {number}: {doubled[0]}")
     if not text.strip():
         raise ConfigError(f"{path}: the file is empty")
     for number, row in enumerate(rows, 1):
+        if doubled and any(isinstance(part, _Doubled) for part in _parts(row)):
+            raise ConfigError(f"{path}, row {number}: {doubled[0]}")
         if not isinstance(row, dict):
             raise ConfigError(f"{path}, row {number}: must be an object, and is {row!r:.60}")
     return rows
@@ -296,6 +356,30 @@ def _columns(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
                     f"{_kind(given[0][1])}; make the column one type"
                 )
     return columns
+
+
+def _refuse_unfit(path: Path, columns: dict[str, list[Any]]) -> None:
+    """Name the first value that a table can't hold."""
+    for name, values in columns.items():
+        if not _encodes(name):
+            raise ConfigError(f"{path}: column {name!r}: its name has {_HALF}; rename it")
+        for row, value in enumerate(values, 1):
+            for part in _parts(value):
+                if isinstance(part, int) and not -(2**63) <= part < 2**63:
+                    said = f"{str(part)[:40]} needs more than 64 bits; write it as text"
+                elif isinstance(part, str) and not _encodes(part):
+                    said = f"{part!r:.60} has {_HALF}; remove it"
+                else:
+                    continue
+                raise ConfigError(f"{path}, row {row}, column {name}: {said}")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:
@@ -321,11 +405,35 @@ def check_present(wanted: dict[str, str | None], where: str, columns: list[str])
 
 
 def texts(column: str, where: str, rows: Dataset) -> list[str]:
-    texts: list[str] = rows[column][:]
-    for row, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise ConfigError(f"{where}, row {row}: {column}={text!r} is not text")
-    return texts
+    """A column of texts, which may be empty.
+
+    Raises:
+        ConfigError: rows whose value is none, all of them.
+    """
+    values: list[str] = rows[column][:]
+    refuse(no_texts(column, where, values, may_be_empty=True))
+    return values
+
+
+def no_texts(column: str, where: str, values: list[Any], may_be_empty: bool) -> list[str]:
+    """What is wrong with a column of texts, a line for each row."""
+    problems = []
+    for row, value in enumerate(values, 1):
+        if value is None:
+            problems.append(f"{where}, row {row}: {column} is null, and must be text")
+        elif not isinstance(value, str):
+            problems.append(f"{where}, row {row}: {column}={value!r:.60} is not text")
+        elif not may_be_empty and not value.strip():
+            problems.append(f"{where}, row {row}: {column} is empty")
+    return problems
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise ConfigError with the first of the rows that are wrong, and how many more there are."""
+    if problems:
+        more = len(problems) - _SHOWN
+        rest = [f"... and {more:,} more rows of this kind"] if more > 0 else []
+        raise ConfigError([*problems[:_SHOWN], *rest])
 
 
 def part(rows: Dataset, limit: int | None) -> Dataset:

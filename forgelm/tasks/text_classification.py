@@ -20,7 +20,15 @@ from forgelm.tasks.encode import (
     tokenizer_fingerprint,
     with_teacher,
 )
-from forgelm.tasks.sources import check_present, load_splits, open_stream, part, read_file, texts
+from forgelm.tasks.sources import (
+    check_present,
+    load_splits,
+    open_stream,
+    part,
+    read_file,
+    refuse,
+    texts,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -169,12 +177,16 @@ def _normalised(task: TaskConfig, split: str, rows: Dataset, labels: list[str] |
     values = rows[task.label_column][:]
     number = _score if labels is None else _numbering(rows.features, task, labels)
     numbers: list[float] = []
+    problems: list[str] = []
     for row, value in enumerate(values, 1):
         try:
             numbers.append(number(value))
         except (KeyError, TypeError, ValueError):
             where = f"split {split}, row {row}"
-            raise ConfigError(_bad_label(task, where, value, labels)) from None
+            problems.append(_bad_label(task, where, value, labels))
+            if value == HIDDEN:
+                break
+    refuse(problems)
     return Dataset.from_dict({**columns, "label": numbers})
 
 

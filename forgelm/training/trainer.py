@@ -250,6 +250,8 @@ class Exact(Trainer):
         control = self.control
         evaluate, save = control.should_evaluate, control.should_save
         control.should_evaluate = control.should_save = False
+        if evaluate or save:
+            self._check_numbers()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if evaluate:
             try:
@@ -262,6 +264,25 @@ class Exact(Trainer):
         if save:
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _check_numbers(self) -> None:
+        """Before a step is kept or measured: all ranks look at the loss and the weights of each.
+
+        The step's loss is that of the weights before it, so it doesn't tell of those after it.
+
+        Raises:
+            RunError: on every rank, when one of them has a number that isn't finite.
+        """
+        own = self._tr_loss.item(), _all_finite(self.accelerator.unwrap_model(self.model))
+        losses, finite = zip(*self.safety.world.gather(own), strict=True)
+        wrong = None if all(finite) else "the weights are no finite numbers"
+        if not math.isfinite(sum(losses)):
+            wrong = f"the loss is {sum(losses)}"
+        if wrong is not None:
+            raise RunError(
+                f"{wrong} at step {self.state.global_step}: lower training.learning_rate, or "
+                "check the data; the last checkpoint stands"
+            )
 
     def _evaluate_step(self) -> bool:
         """Evaluate; returns whether the result is worth a checkpoint."""
@@ -533,6 +554,18 @@ def changing(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     # What a quantised weight is made of has names below the weight's.
     below = tuple(f"{name}." for name in frozen)
     return {k: v for k, v in state.items() if k not in frozen and not k.startswith(below)}
+
+
+def _all_finite(model: torch.nn.Module) -> bool:
+    """Whether all that is trained of this rank's part of a model is finite numbers."""
+    state = own_parts(changing(model))
+    trained = [state[name] for name, p in model.named_parameters() if p.requires_grad]
+    # Sums are the quickest way to look at all of it, and the device is waited for once.
+    sums = [part.sum(dtype=torch.float32) for part in trained]
+    if not sums or torch.isfinite(torch.stack(sums)).all():
+        return True
+    # A sum may overflow where no weight does.
+    return all(bool(torch.isfinite(part).all()) for part in trained)
 
 
 def _uncopied(tree: Any, name: str) -> Any:

@@ -333,6 +333,31 @@ def test_another_kind_of_adapter_is_refused(tiny: Command, adapter: Path) -> Non
     assert f"adapter {adapter}: is of type IA3; forgelm reads LORA ones" in refused.err
 
 
+def test_a_damaged_adapter_is_refused(tiny: Command, adapter: Path) -> None:
+    weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    whole = weights.read_bytes()
+    request = (*QUICK, f"model.path={adapter}")
+
+    def told() -> str:
+        refused = tiny(*request)
+        assert refused.code == 1, refused.err
+        (line,) = refused.err.splitlines()
+        return line
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert told().startswith(f"forgelm: {adapter}: its {weights.name} can't be read (")
+    weights.unlink()
+    assert told() == (
+        f"forgelm: adapter {adapter}: the folder has {settings.name} but has no {weights.name}; "
+        "copy the whole folder, or name another"
+    )
+    settings.write_text(settings.read_text()[:50])
+    assert told() == (
+        f"forgelm: {adapter}: its {settings.name} isn't JSON any more; copy the folder again, or "
+        "name another"
+    )
+
+
 def test_a_new_head_is_saved_with_the_adapter(
     forgelm: Command, tiny: Command, tmp_path: Path
 ) -> None:

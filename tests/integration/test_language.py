@@ -183,6 +183,19 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     assert "distillation compares token by token" in done.err
 
 
+def test_a_teacher_of_another_kind_is_refused(forgelm: Command, tmp_path: Path) -> None:
+    rows = write(tmp_path, PAIRS)
+    done = forgelm(*request(rows, "seq2seq"), "run_name=teacher")
+    assert done.code == 0, done.err
+    run = only_run(tmp_path / "outputs")
+    refused = forgelm(*request(rows), "mode=kd", "teacher=run", f"teacher.run={run}")
+    assert refused.code == 1
+    assert refused.err.strip() == (
+        f"forgelm: teacher.run={run}: is a run of task seq2seq, of task.kind=seq2seq, and task "
+        "causal_lm is of task.kind=causal_lm; choose a teacher of this kind"
+    )
+
+
 @pytest.mark.parametrize("mode", ["sft", "kd"])
 def test_the_loss_is_a_mean_over_the_tokens_of_a_whole_step(
     forgelm: Command, trained: Path, tmp_path: Path, mode: str
@@ -228,7 +241,7 @@ def test_sequence_to_sequence(forgelm: Command, tmp_path: Path, mode: str) -> No
     assert forgelm("predict", str(run), "--data", str(asked)).code == 0
 
 
-LONG = {"prompt": "1" * 70, "completion": "2"}
+LONG = {"prompt": "1" * 3000, "completion": "2"}
 CUT = {"prompt": "1" * 60, "completion": "2" * 9}
 
 
@@ -238,6 +251,7 @@ def test_what_is_cut_or_left_out_is_counted_and_said(forgelm: Command, tmp_path:
     assert "split train: 1 of 66 rows cut at task.max_length=64 (row 66)" in done.out
     left_out = "rows left out, their prompt alone fills task.max_length=64 (row 65)"
     assert f"split train: 1 of 66 {left_out}" in done.out
+    assert "Token indices" not in done.out + done.err
     again = forgelm(*request(tmp_path / "rows.jsonl"), "seed=1")
     assert f"split validation: 1 of 66 {left_out}" in again.out
 
@@ -302,7 +316,17 @@ WRONG: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
     "a role that the template doesn't know": (
         [chat(("critic", "hello"), ("assistant", "hi"))],
         (),
-        "the model's chat template refuses a chat of the roles critic",
+        "split train, row 1: the model's chat template refuses a chat of the roles critic",
+    ),
+    "an answer to nothing": (
+        [CHATS[0], chat(("assistant", "hello"), ("user", "hi"))],
+        (),
+        "split train, row 2: messages has no assistant turn but the first, which answers nothing",
+    ),
+    "the assistant alone": (
+        [chat(("assistant", "hello"))],
+        (),
+        "split train, row 1: messages has the assistant's turn alone, and nothing that it answers",
     ),
     "a classifier": (
         PAIRS,
@@ -337,9 +361,41 @@ def test_wrong_rows_and_requests(forgelm: Command, tmp_path: Path, name: str) ->
     assert "Traceback" not in done.err
 
 
-def test_many_wrong_rows_are_named_in_part(forgelm: Command, tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "completion": ""}] * 9
-    done = forgelm(*request(write(tmp_path, rows)))
-    assert "row 5: completion is empty" in done.err
-    assert "... and 4 more rows of this kind" in done.err
-    assert "row 6:" not in done.err
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": "a", "completion": None}, "completion is null, and must be text"),
+        (
+            chat(("critic", "hello"), ("assistant", "hi")),
+            "the model's chat template refuses a chat of the roles critic, assistant: ",
+        ),
+    ],
+    ids=["empty", "null", "role"],
+)
+def test_many_wrong_rows_are_named_in_part(
+    forgelm: Command, tmp_path: Path, row: dict[str, Any], said: str
+) -> None:
+    good = CHATS[0] if "messages" in row else PAIRS[0]
+    done = forgelm(*request(write(tmp_path, [good, *[row] * 9])))
+    assert done.code == 1
+    told = done.err.splitlines()
+    for number in range(2, 7):
+        assert told[number - 2].startswith(f"forgelm: split train, row {number}: {said}")
+    assert told[5:] == ["forgelm: ... and 4 more rows of this kind"]
+
+
+def test_turns_that_are_not_learnt_are_counted(forgelm: Command, tmp_path: Path) -> None:
+    greeted = {"messages": [{"role": "assistant", "content": "Hi"}, *CHATS[0]["messages"]]}
+    open_ended = {"messages": [*CHATS[0]["messages"], {"role": "user", "content": "and?"}]}
+    rows = write(tmp_path, [*CHATS[:8], greeted, open_ended, {**greeted}])
+    done = forgelm(*request(rows))
+    assert done.code == 0, done.err
+    assert (
+        "split train: 2 of 11 chats begin with the assistant; that turn answers nothing and isn't "
+        "learnt (row 9, 11)"
+    ) in done.out
+    assert (
+        "split train: 1 of 11 chats go on after the assistant's last turn; what follows it is left "
+        "out (row 10)"
+    ) in done.out

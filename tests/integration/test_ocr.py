@@ -255,6 +255,19 @@ def another_column(folder: Path) -> None:
     path.write_text(path.read_text().replace("file_name,text", "file_name,txt"))
 
 
+def without_file_names(folder: Path) -> None:
+    path = folder / "train" / "metadata.csv"
+    path.write_text(path.read_text().replace("file_name,text", "file,text"))
+
+
+def a_blank_file_name(folder: Path) -> None:
+    write_csv(folder / "train" / "metadata.csv", ["0.png", "", " "], ["1", "2", "3"])
+
+
+def a_folder_as_image(folder: Path) -> None:
+    write_csv(folder / "train" / "metadata.csv", ["0.png", "."], ["1", "2"])
+
+
 def without_validation(folder: Path) -> None:
     shutil.rmtree(folder / "validation")
 
@@ -274,6 +287,19 @@ WRONG: dict[str, tuple[Any, tuple[str, ...], str]] = {
         "task.text_column=text: split train has no such column, but file_name, txt, image; did you "
         "mean task.text_column=txt?",
     ),
+    "no file names": (
+        without_file_names,
+        (),
+        "{folder}/train/metadata.csv: has neither file_name, the column that names images beside "
+        "it, nor task.image_column=image, which holds images, but file, text; rename the column",
+    ),
+    "a blank file name": (
+        a_blank_file_name,
+        (),
+        "{folder}/train/metadata.csv, row 2: file_name is empty\n"
+        "forgelm: {folder}/train/metadata.csv, row 3: file_name is empty",
+    ),
+    "a folder as image": (a_folder_as_image, (), "/train: a folder, and not an image"),
     "no such split": (
         without_validation,
         (),

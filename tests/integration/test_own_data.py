@@ -137,6 +137,7 @@ def assert_refused(done: Result, *said: str) -> None:
     for part in said:
         assert part in line
     assert "Traceback" not in done.out
+    assert "Failed to read" not in done.out
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -225,6 +226,7 @@ def lines(*rows: object) -> str:
 
 CAT, DOG = {"text": "the cat", "label": "good"}, {"text": "the dog", "label": "bad"}
 F1 = ["task.metrics=[f1]"]
+STREAM = ["task.streaming=true", "training.train_sampling_strategy=sequential"]
 SCORES = "text,label\nthe cat,1.5\n"
 
 
@@ -266,7 +268,7 @@ SCORES = "text,label\nthe cat,1.5\n"
             id="label of another kind",
         ),
         pytest.param(
-            {},
+            {"train.jsonl": lines(CAT, DOG)},
             ["task.labels=[good,evil]"],
             ["split train, row 2: label='bad': unknown label; the labels are good, evil"],
             id="label not given",
@@ -302,15 +304,15 @@ SCORES = "text,label\nthe cat,1.5\n"
             id="missing score",
         ),
         pytest.param(
-            {"train.jsonl": lines(*({**row, "text": 5} for row in (CAT, DOG)))},
-            [],
+            {"train.jsonl": lines({**CAT, "text": 5})},
+            ["task.labels=[bad,good]"],
             ["split train, row 1: text=5 is not text"],
             id="number as text",
         ),
         pytest.param(
             {"check.jsonl": lines(CAT, {**DOG, "text": None})},
             [],
-            ["split validation, row 2: text=None is not text"],
+            ["split validation, row 2: text is null, and must be text"],
             id="null as text",
         ),
         pytest.param(
@@ -324,6 +326,42 @@ SCORES = "text,label\nthe cat,1.5\n"
             [],
             ["train.jsonl, row 2: must be an object"],
             id="line is no object",
+        ),
+        pytest.param(
+            {"train.csv": GOOD.replace("text,label", "label,label")},
+            [],
+            ["train.csv: the header names label more than once; rename or remove columns"],
+            id="column twice",
+        ),
+        pytest.param(
+            {"train.csv": GOOD.replace("text,label", "label,label")},
+            [*STREAM, "task.labels=[bad,good]"],
+            ["train.csv: the header names label more than once; rename or remove columns"],
+            id="column of a stream twice",
+        ),
+        pytest.param(
+            {"train.jsonl": lines(CAT) + '\n{"text": "a", "label": "bad", "label": "good"}\n'},
+            [],
+            ["train.jsonl, line 3: the key 'label' stands more than once in an object"],
+            id="key twice",
+        ),
+        pytest.param(
+            {"train.json": '[{"text": "a", "label": "b"}, {"text": "a", "x": {"y": 1, "y": 2}}]'},
+            [],
+            ["train.json, row 2: the key 'y' stands more than once in an object"],
+            id="key twice in json",
+        ),
+        pytest.param(
+            {"check.jsonl": lines(CAT, {**DOG, "text": "a \ud800"})},
+            [],
+            [r"check.jsonl, row 2, column text: 'a \ud800' has half of a character"],
+            id="half a character",
+        ),
+        pytest.param(
+            {"check.jsonl": lines(CAT, {**DOG, "other": [10**30]})},
+            [],
+            [f"check.jsonl, row 2, column other: {10**30} needs more than 64 bits; write it as"],
+            id="large number",
         ),
         pytest.param(
             {"train.json": json.dumps(CAT)},
@@ -393,6 +431,27 @@ def test_wrong_data_is_refused_with_its_place(
         names[name.partition(".")[0]] = name
     done = forgelm(*request_of(base, names["train"], names["check"], *words))
     assert_refused(done, *said)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a cat", "label": "odd"}, "label='odd': unknown label; the labels are bad, good"),
+        ({"text": "a cat", "label": None}, "label=None: the label is missing"),
+        ({"text": None, "label": "good"}, "text is null, and must be text"),
+    ],
+)
+def test_all_wrong_rows_are_counted(
+    forgelm: Command, base: Path, tmp_path: Path, row: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text(lines(CAT, DOG))
+    (tmp_path / "check.jsonl").write_text(lines(CAT, *[row] * 7))
+    done = forgelm(*request_of(base, "train.jsonl", "check.jsonl"))
+    assert done.code == 1
+    assert done.err.splitlines() == [
+        *(f"forgelm: split validation, row {number}: {said}" for number in range(2, 7)),
+        "forgelm: ... and 2 more rows of this kind",
+    ]
 
 
 def test_text_that_is_not_utf_8_is_refused(forgelm: Command, base: Path, tmp_path: Path) -> None:
@@ -523,6 +582,7 @@ def test_predict_reports_as_one_json_document(
         (["--data", "own.txt"], ["own.txt: must end in one of .csv"]),
         (["--data", "other.csv"], ["other.csv: has no column text, which the run reads"]),
         (["--data", "empty.csv"], ["empty.csv: the file has no rows"]),
+        (["--data", "big.jsonl"], [f"big.jsonl, row 1, column n: -{10**30} needs more than 64"]),
         ([], ["--data"]),
     ],
 )
@@ -534,6 +594,7 @@ def test_a_wrong_prediction_is_refused(
     (tmp_path / "own.txt").write_text("text\nthe cat\n")
     (tmp_path / "other.csv").write_text("texts\nthe cat\n")
     (tmp_path / "empty.csv").write_text("text\n")
+    (tmp_path / "big.jsonl").write_text(lines({"text": "the cat", "n": -(10**30)}))
     (tmp_path / "folder.csv").mkdir()
     names = {path.name for path in tmp_path.iterdir()}
     assert_refused(forgelm("predict", str(trained), *words), *said)

@@ -43,3 +43,19 @@ def test_a_config_of_another_model_is_refused(
     (line,) = refused.err.splitlines()
     assert line.startswith(f"forgelm: {folder}: its checkpoint lacks ")
     assert line.endswith("fetch it again, or choose another")
+
+
+def test_a_model_of_another_kind_is_refused(forgelm: Command, tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    reader, folder = models.reader(Kind.causal_lm), tmp_path / "t5"
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(reader), **sizes)).save_pretrained(folder)
+    reader.save_pretrained(folder)
+    small = [word for word in TINY if not word.startswith("model.tiny")]
+    refused = forgelm("task=arithmetic", "model=custom", f"model.path={folder}", *small)
+    assert refused.code == 1
+    assert refused.err.strip() == (
+        f"forgelm: {folder}: is a model of type t5, which task.kind=causal_lm can't use; it is for "
+        "task.kind=text_classification or task.kind=seq2seq"
+    )

@@ -221,6 +221,23 @@ def test_a_reward_of_another_package(forgelm: Command, tmp_path: Path, package: 
     assert read_json(run / "eval.json")["after"]["student"]["validation"]["reward_judge"] > 0
 
 
+def test_rewards_that_never_apply_are_warned_of(
+    forgelm: Command, tmp_path: Path, package: Package
+) -> None:
+    package("def judge(completions): return [None] * len(completions)")
+    words = ("mode.rewards=[judge]", *REWARD, "training.eval_strategy=steps")
+    done = forgelm(*request(write(tmp_path, PROMPTS[:16]), *words, "training.eval_steps=2"))
+    assert done.code == 0, done.err
+    warned = [line for line in done.out.splitlines() if line.startswith("warning:")]
+    assert warned == [
+        "warning: no reward applied to any completion since the last logged step, so nothing was "
+        "learnt: judge gave None for all of them; check the rewards and the training rows"
+    ]
+    run = only_run(tmp_path / "outputs")
+    assert not any("reward" in line for line in lines(run))
+    assert read_json(run / "eval.json")["after"]["student"]["validation"] == {"reward": None}
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -230,12 +247,22 @@ def test_a_reward_of_another_package(forgelm: Command, tmp_path: Path, package: 
             "must be a finite number, or None where the reward doesn't apply",
         ),
         (
+            "def judge(completions): return [10**400] * len(completions)",
+            f"the reward judge returned 1{'0' * 56}... for the prompt '{{prompt}}' and the "
+            "completion '…': it must be a finite number, or None where the reward doesn't apply",
+        ),
+        (
+            "import torch\ndef judge(completions): return torch.ones(len(completions), 2)",
+            "the reward judge returned tensor([1., 1.]) for the prompt '{prompt}' and the "
+            "completion '…': it must be a finite number, or None where the reward doesn't apply",
+        ),
+        (
             "def judge(completions): return [1 / 0 for text in completions]",
             "the reward judge failed for the prompt '{prompt}' and the completion '…': "
             "ZeroDivisionError: division by zero",
         ),
     ],
-    ids=["nan", "raises"],
+    ids=["nan", "huge", "table", "raises"],
 )
 @pytest.mark.parametrize("before", ["true", "false"], ids=["evaluation", "training"])
 def test_a_reward_that_fails_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,32 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny: Command, tmp_path: Path) ->
     assert read_json(run / "training_state.json")["status"] == "failed"
     (entry,) = (tmp_path / "outputs" / ".forgelm" / "incomplete").iterdir()
     assert read_json(entry)["directory"] == str(run.relative_to(tmp_path / "outputs"))
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("training.save_steps=2",), ("training.eval_strategy=epoch",)]
+)
+def test_weights_that_are_no_numbers_are_never_kept(
+    tiny: Command, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    rate = ("training.learning_rate=1e30", "training.max_grad_norm=0")
+    broken = tiny("max_steps=4", "training.logging_steps=100", *rate, *words)
+    assert broken.code == 2
+    assert re.search(r"forgelm: the (loss is|weights are) .* at step [24]: lower", broken.err)
+    run = only_run(tmp_path / "outputs")
+    assert read_json(run / "training_state.json")["status"] == "failed"
+    assert not list(run.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("length", ["max_steps=3", "epochs=1"])
+def test_rows_that_fill_no_batch_are_refused(tiny: Command, length: str) -> None:
+    size = "training.per_device_train_batch_size=1000"
+    done = tiny(length, size, "training.dataloader_drop_last=true")
+    assert done.code == 1
+    assert done.err.strip() == (
+        "forgelm: training.dataloader_drop_last=true: 192 training rows don't fill one batch of "
+        f"{size}, so nothing would be learnt; leave it out, or lower the batch size"
+    )
 
 
 def test_encodings_are_used_again(tiny: Command, monkeypatch: pytest.MonkeyPatch) -> None:

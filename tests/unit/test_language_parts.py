@@ -48,7 +48,7 @@ def encoded(tokenizer: Any, rows: dict[str, list[str]], max_length: int = 64) ->
     from datasets import Dataset
 
     task = TaskConfig(name="own", kind=Kind.causal_lm, max_length=max_length)
-    return causal_lm._encode(task, Dataset.from_dict(rows), tokenizer).to_list()
+    return causal_lm._encode(task, "train", Dataset.from_dict(rows), tokenizer).to_list()
 
 
 def learnt(tokenizer: Any, row: dict[str, Any]) -> str:

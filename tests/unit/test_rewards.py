@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+import torch
 
 from forgelm.config.rewards import BUILT_IN
 from forgelm.config.schema import RlConfig
@@ -122,7 +123,17 @@ def wrong(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(math.nan, "nan"), (math.inf, "inf"), ("high", "'high'")]
+    ("value", "said"),
+    [
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        ("high", "'high'"),
+        ("1", "'1'"),
+        (10**400, f"1{'0' * 56}..."),
+        (10**5000, "an integer of 16,610 bits"),
+        (torch.ones(2), "tensor([1., 1.])"),
+    ],
+    ids=["nan", "inf", "text", "digits", "huge", "too huge", "table"],
 )
 def test_a_value_that_is_no_number_is_named(value: Any, said: str) -> None:
     with pytest.raises(RunError) as error:
