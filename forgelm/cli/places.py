@@ -12,9 +12,9 @@ from forgelm.hubcache import OFFLINE, is_on
 from forgelm.log import log
 
 
-def chosen_cache(output: str | None, usual: Path) -> Path:
+def chosen_cache(output: Path | None, usual: Path) -> Path:
     """The cache asked for by --output, else the environment's."""
-    return usual if output is None else Path(output).expanduser().absolute()
+    return usual if output is None else output.expanduser().absolute()
 
 
 def warn_of(output: Path, named: Mapping[str, str], usual: Mapping[str, str]) -> None:

@@ -137,6 +137,14 @@ def test_what_bundle_says(cache: Cache, forgelm: Command, tmp_path: Path) -> Non
     assert sums.stdout.count(": OK") == 3
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
+def test_who_closed_stderr_gets_the_bundle(cache: Cache, tmp_path: Path, closed: str) -> None:
+    line = f"exec {sys.executable} -m forgelm bundle --output all.tar --output-format json {closed}"
+    done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["success"]) == (0, True)
+    assert (tmp_path / "all.tar").read_bytes().isascii() is False
+
+
 def row(
     kind: str, repo_id: str, commit: str, licence: str | None, files: int, size: int
 ) -> dict[str, Any]:

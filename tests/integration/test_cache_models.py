@@ -531,6 +531,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         (["--model", "org/plain@"], "--model org/plain@: name a revision after the @"),
         (["--safety", "x y"], "--safety x y: neither a folder here nor a hub id"),
         (["--models", "x"], "unrecognized arguments"),
+        (["--model", "org/plain", "--output", ""], "argument --output: '' is no path"),
+        (["--model", "org/plain", "--audit-dir", ""], "argument --audit-dir: '' is no path"),
         (["--model", "org/plain", "--log-level", "LOUD"], "invalid choice: 'LOUD'"),
         (["--model", "org/plain", "--output", __file__], "cache .*: (File exists|Not a directory)"),
     ],
