@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from forgelm import __version__, slurm
+from forgelm import __version__, network, slurm
 from forgelm.airgap import check, environment
 from forgelm.airgap.check import Finding, Severity
 from forgelm.airgap.needs import base_of, cached_commit, needs
@@ -264,6 +264,9 @@ def _hub() -> Iterator[Check]:
         text = "HF_HUB_OFFLINE is set: not asked"
         yield Check("hub", Status.info, text, "forgelm doctor --offline looks at the caches")
         return
+    if (mistake := network.mistake()) is not None:
+        yield Check("hub", Status.fail, f"not asked: {mistake}", "set the variable right")
+        return
     import httpx2
 
     url, source = constants.ENDPOINT, token_name()
@@ -272,11 +275,13 @@ def _hub() -> Iterator[Check]:
         answer = get_session().get(f"{url}/api/whoami-v2", headers=headers, timeout=_TIMEOUT_S)
     except (httpx2.HTTPError, OSError) as error:
         reason = redact(in_brief(str(error))) or type(error).__name__
+        proxy = network.proxy_for(url)
+        through = f" through the proxy of {proxy}" if proxy else ""
         remedy = (
             "check the network, proxies and HF_ENDPOINT; for a machine without a network: "
             "forgelm doctor --offline"
         )
-        yield Check("hub", Status.fail, f"{url} can't be reached: {reason}", remedy)
+        yield Check("hub", Status.fail, f"{url} can't be reached{through}: {reason}", remedy)
         return
     if answer.status_code >= 500:
         text = f"{url} answers with status {answer.status_code}"

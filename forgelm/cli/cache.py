@@ -39,7 +39,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap.caches import Caches
     from forgelm.airgap.needs import needs
     from forgelm.airgap.provide import Provided, provide
-    from forgelm.cli.places import refuse_offline
+    from forgelm.cli.places import require_hub
     from forgelm.cli.progress import Bytes
     from forgelm.cli.train import request_from
     from forgelm.config.compose import Composer, register_schema
@@ -52,7 +52,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     if any(word in ("--cfg", "-c") or word.startswith("--cfg=") for word in arguments.words):
         raise ConfigError("--cfg shows a config and caches nothing: forgelm train --cfg job ...")
     points = [run for point in check_request(request) for run in _sealed(point.config)]
-    refuse_offline("cache")
+    require_hub("cache")
     compose = Composer(request).compose
     made = [teacher_run(config, compose) for config, _ in points]
     configs, begun = zip(*points, *((config, {}) for config in made if config), strict=True)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap import models
     from forgelm.airgap.audit import AuditLog
-    from forgelm.cli.places import chosen_cache, refuse_offline, warn_of
+    from forgelm.cli.places import chosen_cache, require_hub, warn_of
     from forgelm.cli.progress import Bytes
     from forgelm.errors import ConfigError
     from forgelm.hubcache import hub_cache
@@ -55,7 +55,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     if not arguments.model and arguments.safety is None:
         raise ConfigError("cache-models needs --model HUB_ID, --safety HUB_ID, or both")
     asked = models.asked_for(arguments.model, arguments.safety)
-    refuse_offline("cache-models")
+    require_hub("cache-models")
     hub = chosen_cache(arguments.output, hub_cache())
     warn_of(hub, {"HF_HUB_CACHE": str(hub)}, {"HF_HUB_CACHE": str(hub_cache())})
     audit = AuditLog.open(arguments.audit_dir or hub)

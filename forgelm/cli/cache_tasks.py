@@ -51,13 +51,13 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap import tasks
     from forgelm.airgap.audit import AuditLog
     from forgelm.airgap.caches import Caches
-    from forgelm.cli.places import as_typed, chosen_cache, refuse_offline, warn_of
+    from forgelm.cli.places import as_typed, chosen_cache, require_hub, warn_of
     from forgelm.cli.progress import Bytes
     from forgelm.hubcache import datasets_cache
     from forgelm.log import log
 
     listen(arguments)
-    refuse_offline("cache-tasks")
+    require_hub("cache-tasks")
     output, usual = chosen_cache(arguments.output, datasets_cache()), Caches.usual()
     caches = usual if arguments.output is None else Caches.below(output)
     warn_of(output, caches.places(), usual.places())
