@@ -20,6 +20,7 @@ from forgelm import __version__, network, slurm
 from forgelm.airgap import check, environment
 from forgelm.airgap.check import Finding, Severity
 from forgelm.airgap.needs import base_of, cached_commit, needs
+from forgelm.airgap.readable import barred
 from forgelm.config.compose import Request
 from forgelm.config.request import Point
 from forgelm.config.schema import WandbMode
@@ -234,7 +235,7 @@ def _disks(asked: Asked) -> Iterator[Check]:
 
 
 def _disk(name: str, folder: Path, may_be_read_only: bool) -> Check:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
     free = shutil.disk_usage(there).free
     text = f"{folder}: {free / 2**30:.1f} GiB free"
     title = f"disk: {name}"
@@ -304,6 +305,9 @@ def _hub() -> Iterator[Check]:
 
 def _hub_content(asked: Asked) -> Iterator[Check]:
     hub = hub_cache()
+    if (shut := barred(hub)) is not None:
+        yield Check("hub cache", Status.fail, shut.problem, shut.remedy)
+        return
     repos = list(cached_repos(hub))
     if not repos:
         remedy = "forgelm cache OVERRIDES, or forgelm cache-models, on a machine with a network"
@@ -351,6 +355,9 @@ def _repo(repo: CachedRepo, deep: bool, matters: bool) -> Iterator[Check]:
 
 def _datasets_content() -> Iterator[Check]:
     cache, count = datasets_cache(), 0
+    if (shut := barred(cache)) is not None:
+        yield Check("datasets cache", Status.fail, shut.problem, shut.remedy)
+        return
     for found in check.prepared(cache):
         count += 1
         yield from map(_as_check, found.findings)

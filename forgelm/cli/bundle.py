@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     from forgelm.airgap import bundle, contents
+    from forgelm.airgap.readable import require_readable
     from forgelm.cli.places import carried
     from forgelm.cli.progress import Carried
     from forgelm.errors import ConfigError
@@ -73,6 +74,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
         if folder is not None and not folder.expanduser().is_dir():
             raise ConfigError(f"{flag} {folder}: no such folder")
     places = carried(arguments.cache_dir, arguments.datasets_cache)
+    require_readable(places.values())
     for place in places.values():
         if output.resolve().is_relative_to(place.resolve()):
             raise ConfigError(f"--output {output}: in {place}, which is packed; give another place")
