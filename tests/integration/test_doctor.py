@@ -575,15 +575,16 @@ def test_the_token_is_tried_and_never_shown(
     ],
 )
 def test_a_cache_of_another_user_is_said_in_a_line(words: str, code: int) -> None:
-    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        pytest.skip("nobody but root may become another user")
+    as_nobody = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
     with tempfile.TemporaryDirectory() as top:
         home, work = Path(top) / "home", Path(top) / "work"
         (home / "hub" / "models--org--tiny").mkdir(parents=True)
         work.mkdir()
         for folder, mode in ((Path(top), 0o755), (work, 0o777), (home, 0o700)):
             folder.chmod(mode)
-        if os.geteuid() != 0 or shutil.which("setpriv") is None:
-            pytest.skip("nobody but root may become another user")
         done = subprocess.run(
             [*as_nobody, sys.executable, "-m", "forgelm", *words.split()],
             capture_output=True,
