@@ -1,4 +1,4 @@
-"""Caches that another user filled, and that can't be read here."""
+"""Caches that can't be read: another user filled them, or a link leads nowhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def barred(cache: Path) -> Barred | None:
     for folder in (*reversed(cache.parents), cache):
         needed = os.X_OK | (os.R_OK if folder == cache else 0)
         if not os.access(folder, os.F_OK):
-            return None
+            if not folder.is_symlink():
+                return None
+            return Barred(f"{folder}: a link that leads nowhere", "name the cache with HF_HOME")
         if not os.access(folder, needed):
             return _of(folder)
     inside = sorted(cache.iterdir()) if cache.is_dir() else []

@@ -302,6 +302,15 @@ def test_wrong_requests_to_bundle(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "home"]
 
 
+def test_a_cache_that_is_a_link_to_itself(
+    forgelm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "loop"))
+    text = f"{tmp_path / 'loop'}: a link that leads nowhere; name the cache with HF_HOME"
+    refused(forgelm("bundle", "--output", "x.tar"), text, code=1)
+
+
 # Checking
 
 
