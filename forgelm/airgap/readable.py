@@ -27,7 +27,7 @@ def barred(cache: Path) -> Barred | None:
             if not folder.is_symlink():
                 return None
             return Barred(f"{folder}: a link that leads nowhere", "name the cache with HF_HOME")
-        if not os.access(folder, needed):
+        if folder.is_dir() and not os.access(folder, needed):
             return _of(folder)
     inside = sorted(cache.iterdir()) if cache.is_dir() else []
     shut = [one for one in inside if one.is_dir() and not os.access(one, os.R_OK | os.X_OK)]
