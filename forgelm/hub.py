@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forgelm.errors import RunError
+from forgelm import network
+from forgelm.errors import ConfigError, RunError
 from forgelm.hubcache import CachedRepo
 from forgelm.run.files import write_text
 
@@ -63,7 +64,7 @@ def pin(repo_id: str, revision: str, kind: str) -> str | None:
             f"{kind} {repo_id}@{revision}: not in the cache {constants.HF_HUB_CACHE}, and "
             "HF_HUB_OFFLINE is set; fetch it on a machine with internet first"
         )
-    with explained(f"{kind} {repo_id}@{revision}"):
+    with explained(f"{kind} {repo_id}@{revision}", in_run=True):
         commit = str(HfApi().repo_info(repo_id, revision=revision, repo_type=kind).sha)
     # Loading by commit leaves no such record, and offline the name is all there is to go by.
     write_text(repo.ref(revision), commit)
@@ -79,8 +80,11 @@ def lock(repo: CachedRepo, name: str) -> Any:
 
 
 @contextmanager
-def explained(thing: str) -> Iterator[None]:
-    """Turn what the hub's clients raise into one line about `thing`."""
+def explained(thing: str, in_run: bool = False) -> Iterator[None]:
+    """Turn what the hub's clients raise into one line about `thing`.
+
+    `in_run`: it is asked for by what could make do with the cache.
+    """
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -117,9 +121,14 @@ def explained(thing: str) -> Iterator[None]:
                 f"{thing}: the cache lacks it, and HF_HUB_OFFLINE is set; fetch it with forgelm "
                 "cache where there is a network"
             ) from error
+        if (mistake := network.mistake()) is not None:
+            raise ConfigError(f"{thing}: {mistake}") from error
+        proxy = network.proxy_for(constants.ENDPOINT)
+        through = f" through the proxy of {proxy}" if proxy else ""
+        cached = "; HF_HUB_OFFLINE=1 makes do with what is cached" if in_run else ""
         raise RunError(
-            f"{thing}: {constants.ENDPOINT} can't be reached; check the network, and HF_ENDPOINT; "
-            "HF_HUB_OFFLINE=1 makes do with what is cached"
+            f"{thing}: {constants.ENDPOINT} can't be reached{through}; check the network, "
+            f"{f'{proxy}, ' if proxy else ''}and HF_ENDPOINT{cached}"
         ) from error
     except HfHubHTTPError as error:
         name = token_name()
@@ -129,6 +138,11 @@ def explained(thing: str) -> Iterator[None]:
                 f"{constants.ENDPOINT}/settings/tokens, or go without"
             ) from error
         raise RunError(f"{thing}: the hub answers: {str(error).splitlines()[0]}") from error
+    except (httpx2.InvalidURL, ImportError, ValueError) as error:
+        # What making a client raises where a variable is wrong.
+        if constants.HF_HUB_OFFLINE or (mistake := network.mistake()) is None:
+            raise
+        raise ConfigError(f"{thing}: {mistake}") from error
 
 
 def _page(error: Exception) -> str:

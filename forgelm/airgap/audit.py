@@ -99,7 +99,7 @@ class AuditLog:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("ab+") as file, _locked(file):
+            with _opened(self.folder / LOG, "ab+") as file, _locked(file):
                 self._append(file, event, payload)
         except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -157,7 +157,7 @@ def check(folder: Path) -> Chain | None:
         if _read_head(folder) is None:
             return None
         return Chain(0, _GENESIS, [Problem(None, f"{HEAD} is there, and {LOG} is gone")])
-    with path.open("rb") as file, _locked(file, fcntl.LOCK_SH):
+    with _opened(path, "rb") as file, _locked(file, fcntl.LOCK_SH):
         data, head = _content(file), _read_head(folder)
     return None if not data and head is None else _check(data, head)
 
@@ -252,6 +252,19 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if right else None
 
 
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    """A regular file, opened; raises OSError for any other."""
+
+    def without_waiting(name: str, flags: int) -> int:
+        # Else a FIFO that nobody else has open is waited for.
+        return os.open(name, flags | os.O_NONBLOCK, 0o666)
+
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    file: IO[bytes] = open(path, mode, opener=without_waiting)  # noqa: SIM115
+    return file
+
+
 def _content(file: IO[bytes]) -> bytes:
     file.seek(0)
     return file.read()
@@ -273,7 +286,8 @@ def _pin(folder: Path, lines: int, head: str, coming: str | None) -> None:
 def _read_head(folder: Path) -> dict[str, Any] | None:
     """The head file; empty where it is damaged, None where it isn't there."""
     try:
-        found = json.loads((folder / HEAD).read_bytes())
+        with _opened(folder / HEAD, "rb") as file:
+            found = json.loads(file.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:

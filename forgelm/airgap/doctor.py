@@ -16,10 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from forgelm import __version__, slurm
+from forgelm import __version__, network, slurm
 from forgelm.airgap import check, environment
 from forgelm.airgap.check import Finding, Severity
 from forgelm.airgap.needs import base_of, cached_commit, needs
+from forgelm.airgap.readable import barred
 from forgelm.config.compose import Request
 from forgelm.config.request import Point
 from forgelm.config.schema import WandbMode
@@ -234,7 +235,7 @@ def _disks(asked: Asked) -> Iterator[Check]:
 
 
 def _disk(name: str, folder: Path, may_be_read_only: bool) -> Check:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
     free = shutil.disk_usage(there).free
     text = f"{folder}: {free / 2**30:.1f} GiB free"
     title = f"disk: {name}"
@@ -264,6 +265,9 @@ def _hub() -> Iterator[Check]:
         text = "HF_HUB_OFFLINE is set: not asked"
         yield Check("hub", Status.info, text, "forgelm doctor --offline looks at the caches")
         return
+    if (mistake := network.mistake()) is not None:
+        yield Check("hub", Status.fail, f"not asked: {mistake}", "set the variable right")
+        return
     import httpx2
 
     url, source = constants.ENDPOINT, token_name()
@@ -272,11 +276,13 @@ def _hub() -> Iterator[Check]:
         answer = get_session().get(f"{url}/api/whoami-v2", headers=headers, timeout=_TIMEOUT_S)
     except (httpx2.HTTPError, OSError) as error:
         reason = redact(in_brief(str(error))) or type(error).__name__
+        proxy = network.proxy_for(url)
+        through = f" through the proxy of {proxy}" if proxy else ""
         remedy = (
             "check the network, proxies and HF_ENDPOINT; for a machine without a network: "
             "forgelm doctor --offline"
         )
-        yield Check("hub", Status.fail, f"{url} can't be reached: {reason}", remedy)
+        yield Check("hub", Status.fail, f"{url} can't be reached{through}: {reason}", remedy)
         return
     if answer.status_code >= 500:
         text = f"{url} answers with status {answer.status_code}"
@@ -299,6 +305,9 @@ def _hub() -> Iterator[Check]:
 
 def _hub_content(asked: Asked) -> Iterator[Check]:
     hub = hub_cache()
+    if (shut := barred(hub)) is not None:
+        yield Check("hub cache", Status.fail, shut.problem, shut.remedy)
+        return
     repos = list(cached_repos(hub))
     if not repos:
         remedy = "forgelm cache OVERRIDES, or forgelm cache-models, on a machine with a network"
@@ -346,6 +355,9 @@ def _repo(repo: CachedRepo, deep: bool, matters: bool) -> Iterator[Check]:
 
 def _datasets_content() -> Iterator[Check]:
     cache, count = datasets_cache(), 0
+    if (shut := barred(cache)) is not None:
+        yield Check("datasets cache", Status.fail, shut.problem, shut.remedy)
+        return
     for found in check.prepared(cache):
         count += 1
         yield from map(_as_check, found.findings)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from forgelm.airgap.readable import barred
 from forgelm.hubcache import datasets_cache, hf_home, hub_cache, is_on, offline
 
 PREFIXES = ("HF_", "TRANSFORMERS_", "HUGGING", "FORGELM_")
@@ -113,6 +114,8 @@ def _places(to_be_offline: bool, environment: Mapping[str, str]) -> Iterator[Tro
                 f"{name}={given} is relative: another place in every folder",
                 f"export {name}={path.absolute()}",
             )
+        if barred(path) is not None:
+            continue
         if path.exists() and not path.is_dir():
             yield Trouble(f"{name}={given} isn't a folder", f"give a folder to {name}", bars=True)
         elif to_be_offline and not path.exists():

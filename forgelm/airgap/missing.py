@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from forgelm.airgap.needs import Commits, Lack, lacking, needs
+from forgelm.airgap.readable import require_readable
 from forgelm.config.schema import RunConfig, TeacherKind
 from forgelm.config.validate import uses_teacher
 from forgelm.errors import ConfigError, RunError
+from forgelm.hubcache import datasets_cache, hub_cache
 from forgelm.resolve import Plan, planned_teacher, resolve, sealed_plan
 from forgelm.run.files import read_json
 from forgelm.run.lifecycle import is_complete
@@ -92,7 +94,7 @@ def _refuse(plans: Sequence[Plan], flags: Sequence[str], words: Sequence[str] | 
         begun = revisions(plan)
         # Points of a sweep mostly need the same.
         key = repr((needs([plan.config]), begun))
-        found = seen[key] = seen[key] if key in seen else lacking(plan.config, begun)
+        found = seen[key] = seen[key] if key in seen else _lacking(plan.config, begun)
         if not found:
             continue
         lines |= dict.fromkeys(lack.line for lack in found)
@@ -110,6 +112,14 @@ def _refuse(plans: Sequence[Plan], flags: Sequence[str], words: Sequence[str] | 
         fetch = " && ".join(commands)
         said = f"HF_HUB_OFFLINE is set here; where there is a network: {fetch}"
         raise RunError("\n".join([*lines, said]))
+
+
+def _lacking(config: RunConfig, begun: Commits) -> list[Lack]:
+    try:
+        return lacking(config, begun)
+    except PermissionError:
+        require_readable([hub_cache(), datasets_cache()])
+        raise
 
 
 def _pinned(overrides: Sequence[str], revisions: Commits) -> list[str]:

@@ -905,22 +905,29 @@ def check(path: Path, cache_dir: Path | None, datasets_cache: Path | None) -> Re
     return check_folder(path, {**default_places(), **chosen}, False)
 
 
+def a_path(text: str) -> Path:
+    """A path that an option names; an empty one (of an unset variable) isn't the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no path; is a variable not set?")
+    return Path(text)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the script and `forgelm verify` both take."""
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="the archive, its first part, or its manifest"
+        "file", metavar="FILE", type=a_path, help="the archive, its first part, or its manifest"
     )
     parser.add_argument(
         "--cache-dir",
         metavar="DIR",
-        type=Path,
+        type=a_path,
         help="with a manifest: the folder that the bundle was unpacked in, or the hub's cache "
         "that it was imported into (default: HF_HUB_CACHE, else HF_HOME/hub)",
     )
     parser.add_argument(
         "--datasets-cache",
         metavar="DIR",
-        type=Path,
+        type=a_path,
         help="with a manifest: the cache of data sets that it was imported into "
         "(default: HF_DATASETS_CACHE, else HF_HOME/datasets)",
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgelm.airgap.verify import a_path
 from forgelm.cli.arguments import answer, cache_parser, check_output, listen
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         "bundle",
         "Pack the caches into one archive, with hashes of all that is in it: docs/bundle.md.",
     )
-    made.add_argument("--output", metavar="FILE.tar", required=True, type=Path)
+    made.add_argument("--output", metavar="FILE.tar", required=True, type=a_path)
     for kind in ("model", "dataset"):
         made.add_argument(
             f"--{kind}",
@@ -33,19 +33,19 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument(
         "--cache-dir",
         metavar="DIR",
-        type=Path,
+        type=a_path,
         help="the hub's cache (default: HF_HUB_CACHE, else HF_HOME/hub)",
     )
     made.add_argument(
         "--datasets-cache",
         metavar="DIR",
-        type=Path,
+        type=a_path,
         help="the cache of data sets (default: HF_DATASETS_CACHE, else HF_HOME/datasets)",
     )
     made.add_argument(
         "--against",
         metavar="MANIFEST",
-        type=Path,
+        type=a_path,
         help="the FILE.manifest.json of an earlier bundle: what it carries is left out",
     )
     made.add_argument("--part-size", metavar="SIZE", help="split it into parts: 700M, 4G")
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     from forgelm.airgap import bundle, contents
+    from forgelm.airgap.readable import require_readable
     from forgelm.cli.places import carried
     from forgelm.cli.progress import Carried
     from forgelm.errors import ConfigError
@@ -73,6 +74,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
         if folder is not None and not folder.expanduser().is_dir():
             raise ConfigError(f"{flag} {folder}: no such folder")
     places = carried(arguments.cache_dir, arguments.datasets_cache)
+    require_readable(places.values())
     for place in places.values():
         if output.resolve().is_relative_to(place.resolve()):
             raise ConfigError(f"--output {output}: in {place}, which is packed; give another place")

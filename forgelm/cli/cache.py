@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgelm.airgap.verify import a_path
 from forgelm.cli.arguments import Failed, WithOverrides, answer, cache_parser, listen
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def main(argv: Sequence[str]) -> int:
     )
     made.usage = "forgelm cache [OPTIONS] [OVERRIDES]"
     made.add_argument(
-        "--audit-dir", metavar="DIR", help="where the audit log is (default: the hub's cache)"
+        "--audit-dir",
+        metavar="DIR",
+        type=a_path,
+        help="where the audit log is (default: the hub's cache)",
     )
     return answer(argv, made, _work, _text)
 
@@ -35,7 +39,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap.caches import Caches
     from forgelm.airgap.needs import needs
     from forgelm.airgap.provide import Provided, provide
-    from forgelm.cli.places import refuse_offline
+    from forgelm.cli.places import require_hub
     from forgelm.cli.progress import Bytes
     from forgelm.cli.train import request_from
     from forgelm.config.compose import Composer, register_schema
@@ -48,13 +52,13 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     if any(word in ("--cfg", "-c") or word.startswith("--cfg=") for word in arguments.words):
         raise ConfigError("--cfg shows a config and caches nothing: forgelm train --cfg job ...")
     points = [run for point in check_request(request) for run in _sealed(point.config)]
-    refuse_offline("cache")
+    require_hub("cache")
     compose = Composer(request).compose
     made = [teacher_run(config, compose) for config, _ in points]
     configs, begun = zip(*points, *((config, {}) for config in made if config), strict=True)
     wanted = needs(configs, begun)
     caches = Caches.usual()
-    audit = AuditLog.open(Path(arguments.audit_dir) if arguments.audit_dir else caches.hub)
+    audit = AuditLog.open(arguments.audit_dir or caches.hub)
     asked = {
         "overrides": shlex.join(arguments.words),
         "cache_dir": str(caches.hub),

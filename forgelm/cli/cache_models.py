@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgelm.airgap.verify import a_path
 from forgelm.cli.arguments import Failed, answer, cache_parser, listen
 
 if TYPE_CHECKING:
@@ -31,10 +31,14 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument(
         "--output",
         metavar="DIR",
+        type=a_path,
         help="the cache (default: HF_HUB_CACHE, HF_HOME/hub, ~/.cache/huggingface/hub)",
     )
     made.add_argument(
-        "--audit-dir", metavar="DIR", help="where the audit log is (default: the cache)"
+        "--audit-dir",
+        metavar="DIR",
+        type=a_path,
+        help="where the audit log is (default: the cache)",
     )
     return answer(argv, made, _work, _text)
 
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap import models
     from forgelm.airgap.audit import AuditLog
-    from forgelm.cli.places import chosen_cache, refuse_offline, warn_of
+    from forgelm.cli.places import chosen_cache, require_hub, warn_of
     from forgelm.cli.progress import Bytes
     from forgelm.errors import ConfigError
     from forgelm.hubcache import hub_cache
@@ -51,10 +55,10 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     if not arguments.model and arguments.safety is None:
         raise ConfigError("cache-models needs --model HUB_ID, --safety HUB_ID, or both")
     asked = models.asked_for(arguments.model, arguments.safety)
-    refuse_offline("cache-models")
+    require_hub("cache-models")
     hub = chosen_cache(arguments.output, hub_cache())
     warn_of(hub, {"HF_HUB_CACHE": str(hub)}, {"HF_HUB_CACHE": str(hub_cache())})
-    audit = AuditLog.open(Path(arguments.audit_dir) if arguments.audit_dir else hub)
+    audit = AuditLog.open(arguments.audit_dir or hub)
     request = {
         "models": [one.name for one in asked],
         "cache_dir": str(hub),

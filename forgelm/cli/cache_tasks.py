@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgelm.airgap.verify import a_path
 from forgelm.cli.arguments import Failed, answer, cache_parser, listen
 
 if TYPE_CHECKING:
@@ -32,11 +32,15 @@ def main(argv: Sequence[str]) -> int:
     made.add_argument(
         "--output",
         metavar="DIR",
+        type=a_path,
         help="the cache of data sets, with all that is needed besides below it (default: "
         "HF_DATASETS_CACHE, HF_HOME/datasets, ~/.cache/huggingface/datasets)",
     )
     made.add_argument(
-        "--audit-dir", metavar="DIR", help="where the audit log is (default: the cache)"
+        "--audit-dir",
+        metavar="DIR",
+        type=a_path,
+        help="where the audit log is (default: the cache)",
     )
     return answer(argv, made, _work, _text)
 
@@ -47,17 +51,17 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
     from forgelm.airgap import tasks
     from forgelm.airgap.audit import AuditLog
     from forgelm.airgap.caches import Caches
-    from forgelm.cli.places import as_typed, chosen_cache, refuse_offline, warn_of
+    from forgelm.cli.places import as_typed, chosen_cache, require_hub, warn_of
     from forgelm.cli.progress import Bytes
     from forgelm.hubcache import datasets_cache
     from forgelm.log import log
 
     listen(arguments)
-    refuse_offline("cache-tasks")
+    require_hub("cache-tasks")
     output, usual = chosen_cache(arguments.output, datasets_cache()), Caches.usual()
     caches = usual if arguments.output is None else Caches.below(output)
     warn_of(output, caches.places(), usual.places())
-    audit = AuditLog.open(Path(arguments.audit_dir) if arguments.audit_dir else output)
+    audit = AuditLog.open(arguments.audit_dir or output)
     request = {"tasks": names, "cache_dir": str(output)}
     audit.write("cache.populate_tasks_requested", **request)
     done: list[str] = []

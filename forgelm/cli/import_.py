@@ -6,9 +6,9 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from forgelm.airgap.verify import a_path
 from forgelm.cli.arguments import answer, cache_parser, listen
 
 
@@ -17,21 +17,21 @@ def main(argv: Sequence[str]) -> int:
         "import",
         "Check a bundle, and merge it into this machine's caches: docs/bundle.md.",
     )
-    made.add_argument("file", metavar="FILE", type=Path, help="the archive, or its first part")
+    made.add_argument("file", metavar="FILE", type=a_path, help="the archive, or its first part")
     made.add_argument(
         "--cache-dir",
         metavar="DIR",
-        type=Path,
+        type=a_path,
         help="the hub's cache (default: HF_HUB_CACHE, else HF_HOME/hub)",
     )
     made.add_argument(
         "--datasets-cache",
         metavar="DIR",
-        type=Path,
+        type=a_path,
         help="the cache of data sets (default: HF_DATASETS_CACHE, else HF_HOME/datasets)",
     )
     made.add_argument(
-        "--output", metavar="HF_HOME", type=Path, help="a folder for all caches, to be HF_HOME"
+        "--output", metavar="HF_HOME", type=a_path, help="a folder for all caches, to be HF_HOME"
     )
     return answer(argv, made, _work, _text)
 

@@ -63,8 +63,23 @@ completion: eval "$(forgelm -sc install=bash)"
 
 def entry() -> None:
     """The console script."""
+    _open_streams()
     stop.ends_with_this()
     sys.exit(main(sys.argv[1:]))
+
+
+def _open_streams() -> None:
+    """Give a stream that the caller closed (`2>&-`) a place to go, and its descriptor with it.
+
+    Else the next file that is opened gets the descriptor, and what children say is written there.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    while null <= 2:
+        os.set_inheritable(null, True)
+        null = os.dup(null)
+    os.close(null)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def main(argv: Sequence[str]) -> int:

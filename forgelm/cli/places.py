@@ -7,14 +7,15 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from forgelm import network
 from forgelm.errors import ConfigError
 from forgelm.hubcache import OFFLINE, is_on
 from forgelm.log import log
 
 
-def chosen_cache(output: str | None, usual: Path) -> Path:
+def chosen_cache(output: Path | None, usual: Path) -> Path:
     """The cache asked for by --output, else the environment's."""
-    return usual if output is None else Path(output).expanduser().absolute()
+    return usual if output is None else output.expanduser().absolute()
 
 
 def warn_of(output: Path, named: Mapping[str, str], usual: Mapping[str, str]) -> None:
@@ -49,10 +50,12 @@ def carried(
     return {**usual, **chosen}
 
 
-def refuse_offline(command: str) -> None:
-    """What fetches from the hub can't work where the hub's clients are told to stay offline."""
+def require_hub(command: str) -> None:
+    """Refuse to fetch where the hub's clients are told to stay offline, or can't work at all."""
     for name in OFFLINE:
         if is_on(name):
             raise ConfigError(
                 f"{name}={os.environ[name]}: {command} fetches from the hub; unset it here"
             )
+    if (mistake := network.mistake()) is not None:
+        raise ConfigError(mistake)

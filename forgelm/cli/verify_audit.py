@@ -34,6 +34,8 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any] | Failed:
         hint = " (forgelm verify checks bundles)" if _PACKED.search(path.name) else ""
         raise ConfigError(f"{path}: not an audit log; {give}{hint}")
     folder = path if path.is_dir() else path.parent
+    if (folder / LOG).exists() and not (folder / LOG).is_file():
+        raise ConfigError(f"{folder / LOG}: not a regular file; {give}")
     with disk_errors(folder / LOG):
         chain = check(folder)
     if chain is None:

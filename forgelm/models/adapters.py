@@ -133,7 +133,7 @@ def _json_in(path: str, revision: str | None, name: str) -> dict[str, Any] | Non
     else:
         from transformers.utils.hub import cached_file
 
-        with explained(f"model {path}"):
+        with explained(f"model {path}", in_run=True):
             found = cached_file(
                 path,
                 name,

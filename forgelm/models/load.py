@@ -475,7 +475,7 @@ def explained_model(thing: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        with explained(thing):
+        with explained(thing, in_run=True):
             yield
     except SafetensorError as error:
         raise RunError(f"{thing}: its weights can't be read: {error}") from error
@@ -484,7 +484,7 @@ def explained_model(thing: str) -> Iterator[None]:
             raise
         cause = error.__cause__ or error.__context__
         if isinstance(cause, Exception) and not isinstance(cause, OSError | ValueError | KeyError):
-            with explained(thing):
+            with explained(thing, in_run=True):
                 raise cause from error
         raise RunError(f"{thing}: {_in_our_words(error)}") from error
 

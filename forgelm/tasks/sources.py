@@ -173,7 +173,7 @@ def _loaded(task: TaskConfig) -> Iterator[None]:
 
     name, config = str(task.dataset), task.dataset_config
     try:
-        with explained(f"data set {name}"):
+        with explained(f"data set {name}", in_run=True):
             yield
     except (DatasetNotFoundError, ConnectionError) as error:
         gated = "; ask for access on its page, then set HF_TOKEN" if "gated" in str(error) else ""

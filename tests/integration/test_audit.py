@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 import subprocess
@@ -336,17 +337,34 @@ def test_a_secret_finds_what_was_computed_anew(
         ("nothing/audit_log.jsonl", "nothing/audit_log.jsonl: no such audit log"),
         ("all.tar", "not an audit log; give an audit_log.jsonl, or the folder that holds it (forg"),
         ("empty", "empty/audit_log.jsonl: holds no line"),
+        ("pipe", "pipe/audit_log.jsonl: not a regular file; give an audit_log.jsonl"),
+        ("full", "full/audit_log.jsonl: not a regular file; give an audit_log.jsonl"),
     ],
 )
 def test_no_log_is_a_wrong_request(path: str, said: str, forgelm: Command, tmp_path: Path) -> None:
-    for name in ("nowhere", "empty"):
+    for name in ("nowhere", "empty", "pipe", "full"):
         (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe" / LOG)
+    (tmp_path / "full" / LOG).symlink_to("/dev/full")
     for name in ("empty/audit_log.jsonl", "other.jsonl", "all.tar"):
         (tmp_path / name).touch()
     done = forgelm("verify-audit", path)
     assert done.code == 1
     assert said in done.err
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [LOG, HEAD])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_special_file_is_left_alone(
+    name: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/full")
+    AuditLog.open(tmp_path).write("cache.populate_models_requested", models=[])
+    assert "can't be written (not a regular file): this command isn't recorded" in caplog.text
 
 
 def test_the_catalogue_is_whole() -> None:

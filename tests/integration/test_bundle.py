@@ -137,6 +137,14 @@ def test_what_bundle_says(cache: Cache, forgelm: Command, tmp_path: Path) -> Non
     assert sums.stdout.count(": OK") == 3
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
+def test_who_closed_stderr_gets_the_bundle(cache: Cache, tmp_path: Path, closed: str) -> None:
+    line = f"exec {sys.executable} -m forgelm bundle --output all.tar --output-format json {closed}"
+    done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["success"]) == (0, True)
+    assert (tmp_path / "all.tar").read_bytes().isascii() is False
+
+
 def row(
     kind: str, repo_id: str, commit: str, licence: str | None, files: int, size: int
 ) -> dict[str, Any]:
@@ -292,6 +300,15 @@ def test_wrong_requests_to_bundle(
     (tmp_path / "bad.json").write_text("[]")
     refused(forgelm("bundle", *words), text, code=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "home"]
+
+
+def test_a_cache_that_is_a_link_to_itself(
+    forgelm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "loop"))
+    text = f"{tmp_path / 'loop'}: a link that leads nowhere; name the cache with HF_HOME"
+    refused(forgelm("bundle", "--output", "x.tar"), text, code=1)
 
 
 # Checking

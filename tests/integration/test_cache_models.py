@@ -558,6 +558,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         (["--model", "org/plain@"], "--model org/plain@: name a revision after the @"),
         (["--safety", "x y"], "--safety x y: neither a folder here nor a hub id"),
         (["--models", "x"], "unrecognized arguments"),
+        (["--model", "org/plain", "--output", ""], "argument --output: '' is no path"),
+        (["--model", "org/plain", "--audit-dir", ""], "argument --audit-dir: '' is no path"),
         (["--model", "org/plain", "--log-level", "LOUD"], "invalid choice: 'LOUD'"),
         (["--model", "org/plain", "--output", __file__], "cache .*: (File exists|Not a directory)"),
     ],
@@ -668,3 +670,28 @@ def test_offline_it_says_so(hub: FaultyHub, tmp_path: Path, switch: str) -> None
     other.close()
     assert result.code == 1
     assert f"{switch}=1: cache-models fetches from the hub; unset it here" in result.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"http_proxy": "::"}, 1, "http_proxy: its value isn't the URL of a proxy"),
+        ({"ALL_PROXY": "foo://x"}, 1, "ALL_PROXY: its value isn't the URL of a proxy"),
+        ({"ALL_PROXY": "socks5://x:1"}, 1, "ALL_PROXY: a SOCKS proxy needs the package socksio"),
+        ({"HF_ENDPOINT": "hub.local"}, 1, "HF_ENDPOINT=hub.local: give a whole URL"),
+        ({"HTTP_PROXY": "http://127.0.0.1:9"}, 2, "can't be reached through the proxy of HTTP_"),
+    ],
+)
+def test_a_wrong_way_to_the_hub_is_named(
+    tmp_path: Path, variables: dict[str, str], code: int, said: str
+) -> None:
+    clean = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"), "")
+    environment = {**clean, **QUICK, "NO_PROXY": "", "no_proxy": "", **variables}
+    url = environment.pop("HF_ENDPOINT", "http://hub.invalid")
+    child = Child(tmp_path, tmp_path, url, **environment)
+    done = child("cache-models", "--model", "org/plain", "-q")
+    child.close()
+    assert done.code == code, done.err
+    assert said in done.err
+    assert done.err.count("forgelm: ") == 1
+    assert "makes do" not in done.err

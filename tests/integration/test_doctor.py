@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -561,6 +564,40 @@ def test_the_token_is_tried_and_never_shown(
     assert done.code == (0 if status == "ok" else 1)
     assert token not in done.out + done.err
     assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("doctor --offline", 1),
+        ("bundle --output x.tar", 1),
+        ("train model=custom model.path=org/tiny task=mnli", 1),
+    ],
+)
+def test_a_cache_of_another_user_is_said_in_a_line(words: str, code: int) -> None:
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        pytest.skip("nobody but root may become another user")
+    as_nobody = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
+    with tempfile.TemporaryDirectory() as top:
+        home, work = Path(top) / "home", Path(top) / "work"
+        (home / "hub" / "models--org--tiny").mkdir(parents=True)
+        work.mkdir()
+        for folder, mode in ((Path(top), 0o755), (work, 0o777), (home, 0o700)):
+            folder.chmod(mode)
+        done = subprocess.run(
+            [*as_nobody, sys.executable, "-m", "forgelm", *words.split()],
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env={"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HOME": top, "PATH": "/nowhere"}
+            | {"PYTHONPATH": str(Path(package.__file__).parents[1])},
+        )
+    said = f"{home}: belongs to root, and nobody can't read it"
+    assert (done.returncode, done.stdout.count("crash")) == (code, 0), done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
+    assert f"chmod -R a+rX {home}" in done.stdout + done.stderr
+    assert "PermissionError" not in done.stdout + done.stderr
 
 
 def test_a_hub_that_cant_be_reached(tmp_path: Path) -> None:

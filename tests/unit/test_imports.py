@@ -34,6 +34,7 @@ ORDER = (
     "models",
     "losses",
     "hub",
+    "network",
     "prepared",
     "hubcache",
     "run",
