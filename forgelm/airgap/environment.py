@@ -14,6 +14,7 @@ from forgelm.hubcache import datasets_cache, hf_home, hub_cache, is_on, offline
 PREFIXES = ("HF_", "TRANSFORMERS_", "HUGGING", "FORGELM_")
 OURS = (
     "FORGELM_AUDIT_SECRET",
+    "FORGELM_BEGAN",
     "FORGELM_HANDOVER",
     "FORGELM_HUB_PATIENCE",
     "FORGELM_INTERRUPT",
