@@ -81,10 +81,11 @@ def main(argv: Sequence[str]) -> int:
                 from forgelm.cli.resume import go_on
 
                 return go_on(run, [w for w in arguments.overrides if not w.startswith("resume=")])
+            if launcher is not None:
+                # Not looked at here: a job's set-up lines may name other caches.
+                return _submit(points, launcher, arguments)
             if arguments.multirun and offline():
                 _check_caches(points, arguments, argv)
-            if launcher is not None:
-                return _submit(points, launcher, arguments)
     _codes.clear()
     try:
         job()
